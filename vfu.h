@@ -1,0 +1,6183 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * vfu.h - the vfio-user protocol: PCI devices in processes of their own
+ *
+ * WHAT IT IS
+ *
+ * With this header a C program becomes a PCI device that QEMU, or any other vfio-user client, uses over a UNIX socket; or it
+ * becomes such a client. The device says what it is in a descriptor and implements a few callbacks. The library does the rest:
+ * protocol, descriptor passing, configuration space, interrupts, and the guest's memory, every access to which is validated by
+ * the IOMMU of vfu_iommu.h.
+ *
+ * It implements the vfio-user protocol 0.0 as QEMU documents it in docs/interop/vfio-user.rst ("the specification" below).
+ *
+ * HOW TO INCLUDE IT
+ *
+ *     #define VFU_IMPLEMENTATION            // in exactly one C file of the program
+ *     #include "vfu.h"
+ *
+ * In that file include it before any system header, or compile it with -D_GNU_SOURCE. Everywhere else include it plainly.
+ * vfu_iommu.h has to be beside it; its implementation comes along. The declarations compile as C11, C17 and C++17; the
+ * implementation is C11 and needs the C library of Linux alone (with -pthread where that is no part of it).
+ *
+ *     macro                   must be the same in all files   effect
+ *     VFU_IMPLEMENTATION      no, in one file                 emits the implementation
+ *     VFU_STATIC              no                              makes every function static to that file
+ *     VFU_CODEC_ONLY          no                              wire, capabilities and codec alone: no sockets, no IOMMU, nothing
+ *                                                             of libc but memcpy, memmove, memset, memcmp and strlen
+ *     VFU_API                 yes                             what stands in front of each function's declaration
+ *     VFU_ASSERT(condition)   no                              what happens on a caller's mistake; default: assert(). A peer can
+ *                                                             never reach one
+ *
+ * None of them changes the layout of a type.
+ *
+ * QUICK START: a device with one 4 KiB register BAR
+ *
+ *     static int read_bar(void *ctx, uint32_t region, uint64_t offset, void *buf, size_t len) { ... return 0; }
+ *
+ *     vfu_dev_desc desc = {
+ *         .pci = {.vendor = 0x1234, .device = 0x0001, .class_code = 0xff0000, .bar = {{.size = 4096}}},
+ *         .callbacks = {.region_read = read_bar},
+ *     };
+ *     vfu_dev *dev;
+ *     if (vfu_dev_create(&dev, &desc) == 0 && vfu_dev_listen(dev, "/tmp/device.sock") == 0)
+ *         vfu_dev_run(dev);
+ *     vfu_dev_destroy(dev);
+ *
+ * CONTENTS (the same words in the declarations, the implementation and the tests)
+ *
+ *     wire           numbers, flags and structs of the protocol
+ *     capabilities   the JSON of VERSION
+ *     codec          from bytes to checked messages and back
+ *     transport      frames and descriptors over a socket
+ *     PCI            configuration space
+ *     device         the server's end
+ *     client         the client's end
+ *
+ * Data flows one way: transport -> codec -> endpoint -> callbacks, and a section uses only sections above it.
+ *
+ * RETURNS
+ *
+ * 0 or a count, or a negative errno; errno is never touched. -EINVAL is a caller's mistake, -EBADMSG a broken peer. A function
+ * that fails has changed nothing unless it says otherwise.
+ *
+ * OWNERSHIP, IN FOUR WORDS
+ *
+ * borrows: uses it during the call (or as long as is said), leaves it alone otherwise. takes: owns it from now on, also when the
+ * call fails. gives: the caller owns it from now on. copies: keeps nothing of what was passed.
+ *
+ * THREADS
+ *
+ * Functions of the codec are pure. Everything else belongs to one thread at a time per object, unless it says otherwise. Objects
+ * share nothing: many devices and clients fit in one thread or in many. Once memory that can shrink is mapped, a handler for
+ * SIGBUS is installed in the process; it passes on what isn't ours.
+ */
+#if defined(VFU_IMPLEMENTATION) && !defined(_GNU_SOURCE)
+#define _GNU_SOURCE /* sockets and clocks under -std=c11; takes effect when this header comes first */
+#endif
+
+#ifndef VFU_CODEC_ONLY
+#include "vfu_iommu.h"
+#endif
+
+#ifndef VFU_H
+#define VFU_H
+
+#include <limits.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define VFU_VERSION "0.1.0"
+
+#ifndef VFU_API
+#ifdef VFU_STATIC
+#define VFU_API static __attribute__((unused))
+#else
+#define VFU_API extern
+#endif
+#endif
+
+/*
+ * ==== wire =================================================================================================================
+ *
+ * The bytes of the protocol: numbers, flags, and one struct for each payload. Every struct has exactly the layout of the
+ * specification on every machine: explicit widths, explicit padding, no packed attribute, no flexible array, no bit-field; sizes
+ * and offsets are asserted below. All fields are in the byte order of the host (specification, "Protocol Specification").
+ *
+ * Nothing on a socket is aligned, so a wire struct is never pointed into a buffer: memcpy to and from it, or let the codec
+ * section do that. Offsets in the comments count from the end of the 16-byte header, as in the specification. C->S is client to
+ * server.
+ *
+ * argsz means something else in almost every message, hence it is said on each field:
+ *   - in most requests it is the largest reply payload that the client can take, and says nothing about the request's own size;
+ *   - in DMA_MAP and SET_IRQS it is the size of the request's own payload, since their replies have none;
+ *   - in a reply it is the size that the whole payload needs. A reply that would be larger than the request's argsz is cut to its
+ *     fixed part and announces the size; the client asks again. Real clients and servers set it carelessly, so nothing here
+ *     relies on it to bound a read: the size field of the header does that.
+ */
+
+#ifdef __cplusplus
+#define VFUX_STATIC_ASSERT(condition, text) static_assert(condition, text)
+#else
+#define VFUX_STATIC_ASSERT(condition, text) _Static_assert(condition, text)
+#endif
+#define VFUX_WIRE_SIZE(type, bytes) VFUX_STATIC_ASSERT(sizeof(type) == (bytes), #type " has the wrong size")
+#define VFUX_WIRE_AT(type, field, bytes) VFUX_STATIC_ASSERT(offsetof(type, field) == (bytes), #type "." #field " is misplaced")
+
+/*
+ * Commands, named as in the specification; comments leave DEVICE_ away. 14 was DIRTY_PAGES in drafts of the protocol; the
+ * specification has no such command and neither has the codec.
+ */
+typedef enum vfu_cmd {
+    VFU_CMD_VERSION = 1,                  /* C->S */
+    VFU_CMD_DMA_MAP = 2,                  /* C->S */
+    VFU_CMD_DMA_UNMAP = 3,                /* C->S */
+    VFU_CMD_DEVICE_GET_INFO = 4,          /* C->S */
+    VFU_CMD_DEVICE_GET_REGION_INFO = 5,   /* C->S */
+    VFU_CMD_DEVICE_GET_REGION_IO_FDS = 6, /* C->S */
+    VFU_CMD_DEVICE_GET_IRQ_INFO = 7,      /* C->S */
+    VFU_CMD_DEVICE_SET_IRQS = 8,          /* C->S */
+    VFU_CMD_REGION_READ = 9,              /* C->S */
+    VFU_CMD_REGION_WRITE = 10,            /* C->S */
+    VFU_CMD_DMA_READ = 11,                /* S->C */
+    VFU_CMD_DMA_WRITE = 12,               /* S->C */
+    VFU_CMD_DEVICE_RESET = 13,            /* C->S */
+    VFU_CMD_REGION_WRITE_MULTI = 15,      /* C->S */
+    VFU_CMD_DEVICE_FEATURE = 16,          /* C->S */
+    VFU_CMD_MIG_DATA_READ = 17,           /* C->S */
+    VFU_CMD_MIG_DATA_WRITE = 18           /* C->S */
+} vfu_cmd;
+
+/* Header flags. Bits 0 to 3 are a number, the type: 0 is a command, 1 a reply, everything else is undefined. */
+#define VFU_HDR_TYPE_MASK 0x0fu
+#define VFU_HDR_COMMAND 0x00u
+#define VFU_HDR_REPLY 0x01u
+#define VFU_HDR_NO_REPLY 0x10u /* in a command: must not be answered, not even with an error */
+#define VFU_HDR_ERROR 0x20u    /* in a reply: the command failed, nothing follows the header */
+#define VFU_HDR_SIZE 16u
+
+/* DMA_MAP flags. Drafts of the protocol had bit 2 for "mappable"; today the presence of a descriptor says so. */
+#define VFU_DMA_READABLE 0x1u
+#define VFU_DMA_WRITEABLE 0x2u
+
+/* DMA_UNMAP flags, as in linux/vfio.h; the specification's text names none. */
+#define VFU_DMA_UNMAP_GET_DIRTY_BITMAP 0x1u /* older peers: a bitmap follows the struct, see vfu_wire_dma_unmap */
+#define VFU_DMA_UNMAP_ALL 0x2u              /* QEMU, with address and size 0, for a section of 2^64 bytes */
+
+/* GET_INFO flags */
+#define VFU_DEVICE_INFO_RESET 0x1u
+#define VFU_DEVICE_INFO_PCI 0x2u
+
+/* GET_REGION_INFO flags */
+#define VFU_REGION_INFO_READ 0x1u
+#define VFU_REGION_INFO_WRITE 0x2u
+#define VFU_REGION_INFO_MMAP 0x4u /* exactly one descriptor travels with the reply */
+#define VFU_REGION_INFO_CAPS 0x8u /* a capability chain starts at cap_offset */
+
+/* Region capability identities */
+#define VFU_REGION_CAP_SPARSE_MMAP 1u
+#define VFU_REGION_CAP_TYPE 2u
+
+/* Kinds of sub-region in GET_REGION_IO_FDS. libvfio-user knows a third one, 2, a shadow ioeventfd, that is not specified. */
+#define VFU_IO_FD_IOEVENTFD 0u
+#define VFU_IO_FD_IOREGIONFD 1u
+
+/* GET_IRQ_INFO flags */
+#define VFU_IRQ_INFO_EVENTFD 0x1u
+#define VFU_IRQ_INFO_MASKABLE 0x2u
+#define VFU_IRQ_INFO_AUTOMASKED 0x4u
+#define VFU_IRQ_INFO_NORESIZE 0x8u
+
+/* SET_IRQS flags: one of the DATA bits with one of the ACTION bits */
+#define VFU_IRQ_SET_DATA_NONE 0x01u
+#define VFU_IRQ_SET_DATA_BOOL 0x02u
+#define VFU_IRQ_SET_DATA_EVENTFD 0x04u
+#define VFU_IRQ_SET_ACTION_MASK 0x08u
+#define VFU_IRQ_SET_ACTION_UNMASK 0x10u
+#define VFU_IRQ_SET_ACTION_TRIGGER 0x20u
+#define VFU_IRQ_SET_DATA_BITS 0x07u
+#define VFU_IRQ_SET_ACTION_BITS 0x38u
+
+/* FEATURE: the low 16 bits of flags are an index, the rest says what to do with it */
+#define VFU_FEATURE_INDEX_MASK 0x0000ffffu
+#define VFU_FEATURE_GET 0x00010000u
+#define VFU_FEATURE_SET 0x00020000u
+#define VFU_FEATURE_PROBE 0x00040000u
+
+typedef enum vfu_feature_index {
+    VFU_FEATURE_MIGRATION = 1,     /* vfu_wire_feature_migration */
+    VFU_FEATURE_MIG_STATE = 2,     /* vfu_wire_feature_mig_state */
+    VFU_FEATURE_LOGGING_START = 6, /* vfu_wire_feature_log_control and its ranges */
+    VFU_FEATURE_LOGGING_STOP = 7,  /* no payload */
+    VFU_FEATURE_LOGGING_REPORT = 8 /* vfu_wire_feature_log_report, in the reply followed by the bitmap */
+} vfu_feature_index;
+
+/* vfu_wire_feature_migration.flags */
+#define VFU_MIG_STOP_COPY 0x1u
+#define VFU_MIG_P2P 0x2u
+#define VFU_MIG_PRE_COPY 0x4u
+
+typedef enum vfu_mig_state {
+    VFU_MIG_STATE_ERROR = 0,
+    VFU_MIG_STATE_STOP = 1,
+    VFU_MIG_STATE_RUNNING = 2,
+    VFU_MIG_STATE_STOP_COPY = 3,
+    VFU_MIG_STATE_RESUMING = 4,
+    VFU_MIG_STATE_RUNNING_P2P = 5, /* not used in vfio-user */
+    VFU_MIG_STATE_PRE_COPY = 6,
+    VFU_MIG_STATE_PRE_COPY_P2P = 7 /* not used in vfio-user */
+} vfu_mig_state;
+
+/* Region indexes of a PCI device; a device's own regions start at VFU_PCI_NUM_REGIONS. */
+typedef enum vfu_pci_region {
+    VFU_PCI_REGION_BAR0 = 0,
+    VFU_PCI_REGION_BAR1 = 1,
+    VFU_PCI_REGION_BAR2 = 2,
+    VFU_PCI_REGION_BAR3 = 3,
+    VFU_PCI_REGION_BAR4 = 4,
+    VFU_PCI_REGION_BAR5 = 5,
+    VFU_PCI_REGION_ROM = 6,
+    VFU_PCI_REGION_CONFIG = 7,
+    VFU_PCI_REGION_VGA = 8,
+    VFU_PCI_NUM_REGIONS = 9
+} vfu_pci_region;
+
+/* Interrupt indexes of a PCI device */
+typedef enum vfu_pci_irq {
+    VFU_PCI_IRQ_INTX = 0,
+    VFU_PCI_IRQ_MSI = 1,
+    VFU_PCI_IRQ_MSIX = 2,
+    VFU_PCI_IRQ_ERR = 3,
+    VFU_PCI_IRQ_REQ = 4,
+    VFU_PCI_NUM_IRQS = 5
+} vfu_pci_irq;
+
+/* In front of every message, both directions (specification, "Header"). The only offsets that count from the message's start. */
+typedef struct vfu_wire_header {
+    uint16_t id;    /* 0: the sender's own number, echoed in the reply. Not unique: SPDK's client always sends 0, and Cloud
+                          Hypervisor repeats GET_REGION_INFO with the same one. */
+    uint16_t cmd;   /* 2: vfu_cmd, the same in the reply */
+    uint32_t size;  /* 4: of the whole message, these 16 bytes included */
+    uint32_t flags; /* 8: VFU_HDR_* */
+    uint32_t error; /* 12: a Linux errno value in an error reply, possibly 0 even there; reserved in a command */
+} vfu_wire_header;
+VFUX_WIRE_SIZE(vfu_wire_header, 16);
+VFUX_WIRE_AT(vfu_wire_header, cmd, 2);
+VFUX_WIRE_AT(vfu_wire_header, size, 4);
+VFUX_WIRE_AT(vfu_wire_header, flags, 8);
+VFUX_WIRE_AT(vfu_wire_header, error, 12);
+
+/*
+ * VERSION, C->S and its reply; the first message of a connection. Version data follows at 4: JSON text (capabilities section)
+ * with its terminating NUL, or nothing (SPDK's client). QEMU breaks when the reply is larger than its request: keep the whole
+ * reply at or below 200 bytes. Cloud Hypervisor needs JSON with a "capabilities" object. With twin_socket the reply carries one
+ * socket.
+ */
+typedef struct vfu_wire_version {
+    uint16_t major; /* 0: 0 today; the reply must repeat it */
+    uint16_t minor; /* 2: in the reply at most what was proposed. QEMU proposes 0 and refuses more. */
+} vfu_wire_version;
+VFUX_WIRE_SIZE(vfu_wire_version, 4);
+VFUX_WIRE_AT(vfu_wire_version, minor, 2);
+
+/*
+ * DMA_MAP, C->S. The reply has no payload. One descriptor travels along if the server may mmap() the memory, none if only
+ * DMA_READ and DMA_WRITE reach it (QEMU: ROMs, RAM without share=on). QEMU sends one descriptor with every map, mostly of one
+ * and the same file.
+ */
+typedef struct vfu_wire_dma_map {
+    uint32_t argsz;   /* 0: size of this struct, 32 */
+    uint32_t flags;   /* 4: VFU_DMA_READABLE, VFU_DMA_WRITEABLE */
+    uint64_t offset;  /* 8: into the descriptor's file; 0 without one */
+    uint64_t address; /* 16: IOVA; QEMU's mappings may end exactly at 2^64 */
+    uint64_t size;    /* 24: in bytes */
+} vfu_wire_dma_map;
+VFUX_WIRE_SIZE(vfu_wire_dma_map, 32);
+VFUX_WIRE_AT(vfu_wire_dma_map, flags, 4);
+VFUX_WIRE_AT(vfu_wire_dma_map, offset, 8);
+VFUX_WIRE_AT(vfu_wire_dma_map, address, 16);
+VFUX_WIRE_AT(vfu_wire_dma_map, size, 24);
+
+/*
+ * DMA_UNMAP, C->S; the reply repeats the struct (Cloud Hypervisor reads 40 bytes, header included, whatever happens). No
+ * descriptor, though SPDK's client attaches one. With a guest vIOMMU QEMU unmaps large ranges that cover many mappings or none.
+ * Older peers: with VFU_DMA_UNMAP_GET_DIRTY_BITMAP two 64-bit words follow, page size and bitmap size, and in the reply the
+ * bitmap.
+ */
+typedef struct vfu_wire_dma_unmap {
+    uint32_t argsz;   /* 0: request: largest reply payload; reply: size of the reply payload */
+    uint32_t flags;   /* 4: VFU_DMA_UNMAP_* */
+    uint64_t address; /* 8: IOVA */
+    uint64_t size;    /* 16: in bytes */
+} vfu_wire_dma_unmap;
+VFUX_WIRE_SIZE(vfu_wire_dma_unmap, 24);
+VFUX_WIRE_AT(vfu_wire_dma_unmap, flags, 4);
+VFUX_WIRE_AT(vfu_wire_dma_unmap, address, 8);
+VFUX_WIRE_AT(vfu_wire_dma_unmap, size, 16);
+
+/* GET_INFO, C->S and its reply. No descriptors. linux/vfio.h appends a cap_offset that vfio-user doesn't have. */
+typedef struct vfu_wire_device_info {
+    uint32_t argsz;       /* 0: request: largest reply payload; reply: 16 */
+    uint32_t flags;       /* 4: reply: VFU_DEVICE_INFO_*. Cloud Hypervisor reads RESET the wrong way round. */
+    uint32_t num_regions; /* 8: reply. QEMU takes 8 to 100, libvfio-user's sample client exactly 9. */
+    uint32_t num_irqs;    /* 12: reply: number of interrupt indexes. QEMU takes at most 50 and asks for ERR and REQ. */
+} vfu_wire_device_info;
+VFUX_WIRE_SIZE(vfu_wire_device_info, 16);
+VFUX_WIRE_AT(vfu_wire_device_info, flags, 4);
+VFUX_WIRE_AT(vfu_wire_device_info, num_regions, 8);
+VFUX_WIRE_AT(vfu_wire_device_info, num_irqs, 12);
+
+/*
+ * GET_REGION_INFO, C->S and its reply; capabilities follow in the reply. One descriptor travels with a reply that has
+ * VFU_REGION_INFO_MMAP and isn't cut; Cloud Hypervisor wants both in one sendmsg. QEMU asks with argsz 32 first, then with what
+ * the reply announced; a cut reply must not have VFU_REGION_INFO_CAPS, since QEMU refuses a cap_offset of 0 with it. SPDK's
+ * client sends argsz bytes of request, mostly uninitialised: only argsz and index of a request mean anything.
+ */
+typedef struct vfu_wire_region_info {
+    uint32_t argsz;      /* 0: request: largest reply payload; reply: 32 and the size of the capabilities */
+    uint32_t flags;      /* 4: reply: VFU_REGION_INFO_* */
+    uint32_t index;      /* 8: which region, vfu_pci_region */
+    uint32_t cap_offset; /* 12: reply: first capability, from the start of this struct; 0 is none */
+    uint64_t size;       /* 16: reply: in bytes */
+    uint64_t offset;     /* 24: reply: where the region begins in the descriptor's file, base for sparse areas too */
+} vfu_wire_region_info;
+VFUX_WIRE_SIZE(vfu_wire_region_info, 32);
+VFUX_WIRE_AT(vfu_wire_region_info, flags, 4);
+VFUX_WIRE_AT(vfu_wire_region_info, index, 8);
+VFUX_WIRE_AT(vfu_wire_region_info, cap_offset, 12);
+VFUX_WIRE_AT(vfu_wire_region_info, size, 16);
+VFUX_WIRE_AT(vfu_wire_region_info, offset, 24);
+
+/* In front of each region capability. libvfio-user's sample client fails on identities that it doesn't know. */
+typedef struct vfu_wire_cap_header {
+    uint16_t id;      /* 0: VFU_REGION_CAP_* */
+    uint16_t version; /* 2: of the capability, 1 */
+    uint32_t next;    /* 4: next capability, from the start of the region info struct; 0 ends the chain */
+} vfu_wire_cap_header;
+VFUX_WIRE_SIZE(vfu_wire_cap_header, 8);
+VFUX_WIRE_AT(vfu_wire_cap_header, version, 2);
+VFUX_WIRE_AT(vfu_wire_cap_header, next, 4);
+
+/* Sparse mmap capability; nr_areas times vfu_wire_sparse_area follow. Only these parts of the region can be mapped. */
+typedef struct vfu_wire_cap_sparse_mmap {
+    vfu_wire_cap_header header; /* 0 */
+    uint32_t nr_areas;          /* 8 */
+    uint32_t reserved;          /* 12 */
+} vfu_wire_cap_sparse_mmap;
+VFUX_WIRE_SIZE(vfu_wire_cap_sparse_mmap, 16);
+VFUX_WIRE_AT(vfu_wire_cap_sparse_mmap, nr_areas, 8);
+
+typedef struct vfu_wire_sparse_area {
+    uint64_t offset; /* 0: into the region; the file offset is this and vfu_wire_region_info.offset */
+    uint64_t size;   /* 8: in bytes */
+} vfu_wire_sparse_area;
+VFUX_WIRE_SIZE(vfu_wire_sparse_area, 16);
+VFUX_WIRE_AT(vfu_wire_sparse_area, size, 8);
+
+/* Type capability of a region with an index of VFU_PCI_NUM_REGIONS or more */
+typedef struct vfu_wire_cap_type {
+    vfu_wire_cap_header header; /* 0 */
+    uint32_t type;              /* 8 */
+    uint32_t subtype;           /* 12 */
+} vfu_wire_cap_type;
+VFUX_WIRE_SIZE(vfu_wire_cap_type, 16);
+VFUX_WIRE_AT(vfu_wire_cap_type, type, 8);
+VFUX_WIRE_AT(vfu_wire_cap_type, subtype, 12);
+
+/*
+ * GET_REGION_IO_FDS, C->S and its reply; in the reply count sub-regions of equal size follow. At least one descriptor travels
+ * with a reply that isn't cut; several sub-regions may share one. libvfio-user refuses a request with a flags or count other
+ * than 0. The size of an entry is what is left of the payload divided by count. (The text divides argsz - 32, which counts the
+ * header twice.)
+ */
+typedef struct vfu_wire_region_io_fds {
+    uint32_t argsz; /* 0: request: largest reply payload; reply: 16 and the size of all sub-regions */
+    uint32_t flags; /* 4: 0 */
+    uint32_t index; /* 8: which region */
+    uint32_t count; /* 12: request: 0; reply: number of sub-regions, also in a reply that is cut */
+} vfu_wire_region_io_fds;
+VFUX_WIRE_SIZE(vfu_wire_region_io_fds, 16);
+VFUX_WIRE_AT(vfu_wire_region_io_fds, flags, 4);
+VFUX_WIRE_AT(vfu_wire_region_io_fds, index, 8);
+VFUX_WIRE_AT(vfu_wire_region_io_fds, count, 12);
+
+/* One sub-region, ioeventfd or ioregionfd: the two layouts differ in the meaning of the last word only. */
+typedef struct vfu_wire_sub_region {
+    uint64_t offset;   /* 0: into the region */
+    uint64_t size;     /* 8: in bytes; 0 if the width of an access doesn't matter */
+    uint32_t fd_index; /* 16: into the message's descriptors */
+    uint32_t type;     /* 20: VFU_IO_FD_* */
+    uint32_t flags;    /* 24: KVM_IOEVENTFD_FLAG_* or KVM_IOREGION_* */
+    uint32_t padding;  /* 28 */
+    uint64_t data;     /* 32: ioeventfd: datamatch; ioregionfd: user_data */
+} vfu_wire_sub_region;
+VFUX_WIRE_SIZE(vfu_wire_sub_region, 40);
+VFUX_WIRE_AT(vfu_wire_sub_region, size, 8);
+VFUX_WIRE_AT(vfu_wire_sub_region, fd_index, 16);
+VFUX_WIRE_AT(vfu_wire_sub_region, type, 20);
+VFUX_WIRE_AT(vfu_wire_sub_region, flags, 24);
+VFUX_WIRE_AT(vfu_wire_sub_region, data, 32);
+
+/* GET_IRQ_INFO, C->S and its reply. No descriptors. */
+typedef struct vfu_wire_irq_info {
+    uint32_t argsz; /* 0: request: largest reply payload; reply: 16 */
+    uint32_t flags; /* 4: reply: VFU_IRQ_INFO_* */
+    uint32_t index; /* 8: which kind of interrupt, vfu_pci_irq */
+    uint32_t count; /* 12: reply: number of interrupts of that kind */
+} vfu_wire_irq_info;
+VFUX_WIRE_SIZE(vfu_wire_irq_info, 16);
+VFUX_WIRE_AT(vfu_wire_irq_info, flags, 4);
+VFUX_WIRE_AT(vfu_wire_irq_info, index, 8);
+VFUX_WIRE_AT(vfu_wire_irq_info, count, 12);
+
+/*
+ * SET_IRQS, C->S; 20 bytes, and with DATA_BOOL count bytes follow. The reply has no payload. With DATA_EVENTFD count descriptors
+ * travel along, or none, which de-assigns [start, start + count). QEMU splits by the server's max_msg_fds, Cloud Hypervisor
+ * sends 16 whatever was negotiated.
+ */
+typedef struct vfu_wire_irq_set {
+    uint32_t argsz; /* 0: size of this request's payload */
+    uint32_t flags; /* 4: one VFU_IRQ_SET_DATA_* and one VFU_IRQ_SET_ACTION_* */
+    uint32_t index; /* 8: which kind of interrupt */
+    uint32_t start; /* 12: first interrupt of that kind */
+    uint32_t count; /* 16: number; 0 with start 0, DATA_NONE and ACTION_TRIGGER switches the kind off */
+} vfu_wire_irq_set;
+VFUX_WIRE_SIZE(vfu_wire_irq_set, 20);
+VFUX_WIRE_AT(vfu_wire_irq_set, flags, 4);
+VFUX_WIRE_AT(vfu_wire_irq_set, index, 8);
+VFUX_WIRE_AT(vfu_wire_irq_set, start, 12);
+VFUX_WIRE_AT(vfu_wire_irq_set, count, 16);
+
+/*
+ * REGION_READ and REGION_WRITE, C->S and their replies. The data follows in a write's request and in a read's reply. No
+ * descriptors. Cloud Hypervisor doesn't look at the error flag and waits for a full reply: an error reply to it hangs it.
+ */
+typedef struct vfu_wire_region_access {
+    uint64_t offset; /* 0: into the region */
+    uint32_t region; /* 8: which region */
+    uint32_t count;  /* 12: bytes of data, at most the peer's max_data_xfer_size */
+} vfu_wire_region_access;
+VFUX_WIRE_SIZE(vfu_wire_region_access, 16);
+VFUX_WIRE_AT(vfu_wire_region_access, region, 8);
+VFUX_WIRE_AT(vfu_wire_region_access, count, 12);
+
+/*
+ * DMA_READ and DMA_WRITE, S->C and their replies. The data follows in a write's request and in a read's reply. No descriptors.
+ * A write's reply is 12 bytes in the text (a 32-bit count), 16 with libvfio-user, none with QEMU.
+ * QEMU 10.1 and 10.2 have a 32-bit count throughout and put or look for the data at 12; see VFU_DMA_LAYOUT_QEMU10.
+ */
+typedef struct vfu_wire_dma_access {
+    uint64_t address; /* 0: IOVA */
+    uint64_t count;   /* 8: bytes of data, at most the peer's max_data_xfer_size */
+} vfu_wire_dma_access;
+VFUX_WIRE_SIZE(vfu_wire_dma_access, 16);
+VFUX_WIRE_AT(vfu_wire_dma_access, count, 8);
+
+/* REGION_WRITE_MULTI, C->S, and its reply, where count is the number of writes done. In the request the writes follow. */
+typedef struct vfu_wire_write_multi {
+    uint64_t count; /* 0: number of writes */
+} vfu_wire_write_multi;
+VFUX_WIRE_SIZE(vfu_wire_write_multi, 8);
+
+/* One write in REGION_WRITE_MULTI */
+typedef struct vfu_wire_write_one {
+    uint64_t offset; /* 0: into the region */
+    uint32_t region; /* 8: which region */
+    uint32_t count;  /* 12: bytes of data that count, 8 at most */
+    uint8_t data[8]; /* 16: always 8 bytes on the wire */
+} vfu_wire_write_one;
+VFUX_WIRE_SIZE(vfu_wire_write_one, 24);
+VFUX_WIRE_AT(vfu_wire_write_one, region, 8);
+VFUX_WIRE_AT(vfu_wire_write_one, count, 12);
+VFUX_WIRE_AT(vfu_wire_write_one, data, 16);
+
+/* FEATURE, C->S and its reply; the feature's own payload, one of the next structs, follows in SET requests and in replies. */
+typedef struct vfu_wire_feature {
+    uint32_t argsz; /* 0: request: largest reply payload; reply: size of the reply payload, 8 and the feature's own */
+    uint32_t flags; /* 4: vfu_feature_index and VFU_FEATURE_GET, _SET, _PROBE */
+} vfu_wire_feature;
+VFUX_WIRE_SIZE(vfu_wire_feature, 8);
+VFUX_WIRE_AT(vfu_wire_feature, flags, 4);
+
+/* VFU_FEATURE_MIGRATION: reply of GET. Offsets of the feature payloads count from their own start, byte 8 of the payload. */
+typedef struct vfu_wire_feature_migration {
+    uint64_t flags; /* 0: VFU_MIG_*, at least VFU_MIG_STOP_COPY */
+} vfu_wire_feature_migration;
+VFUX_WIRE_SIZE(vfu_wire_feature_migration, 8);
+
+/* VFU_FEATURE_MIG_STATE: request of SET, reply of GET and SET */
+typedef struct vfu_wire_feature_mig_state {
+    uint32_t state;  /* 0: vfu_mig_state */
+    int32_t data_fd; /* 4: unused in vfio-user; migration data travels in MIG_DATA_READ and MIG_DATA_WRITE */
+} vfu_wire_feature_mig_state;
+VFUX_WIRE_SIZE(vfu_wire_feature_mig_state, 8);
+VFUX_WIRE_AT(vfu_wire_feature_mig_state, data_fd, 4);
+
+/* VFU_FEATURE_LOGGING_START: request and reply of SET; num_ranges ranges follow, where linux/vfio.h has a pointer. */
+typedef struct vfu_wire_feature_log_control {
+    uint64_t page_size;  /* 0: request: wanted; reply: chosen */
+    uint32_t num_ranges; /* 8: 0 logs every write */
+    uint32_t reserved;   /* 12 */
+} vfu_wire_feature_log_control;
+VFUX_WIRE_SIZE(vfu_wire_feature_log_control, 16);
+VFUX_WIRE_AT(vfu_wire_feature_log_control, num_ranges, 8);
+
+typedef struct vfu_wire_feature_log_range {
+    uint64_t iova;   /* 0 */
+    uint64_t length; /* 8: in bytes */
+} vfu_wire_feature_log_range;
+VFUX_WIRE_SIZE(vfu_wire_feature_log_range, 16);
+VFUX_WIRE_AT(vfu_wire_feature_log_range, length, 8);
+
+/* VFU_FEATURE_LOGGING_REPORT: request and reply of GET; in the reply the bitmap follows, 64-bit words, one bit per page. */
+typedef struct vfu_wire_feature_log_report {
+    uint64_t iova;      /* 0 */
+    uint64_t length;    /* 8: in bytes */
+    uint64_t page_size; /* 16: of the bitmap, a power of two, independent of the one at LOGGING_START */
+} vfu_wire_feature_log_report;
+VFUX_WIRE_SIZE(vfu_wire_feature_log_report, 24);
+VFUX_WIRE_AT(vfu_wire_feature_log_report, length, 8);
+VFUX_WIRE_AT(vfu_wire_feature_log_report, page_size, 16);
+
+/* MIG_DATA_READ, C->S and its reply, and MIG_DATA_WRITE, C->S; the data follows in a write's request and in a read's reply. */
+typedef struct vfu_wire_mig_data {
+    uint32_t argsz; /* 0: read request: largest reply payload; read reply, write request: size of this payload with its data */
+    uint32_t size;  /* 4: bytes of data; less in a read's reply than asked for means that there is no more */
+} vfu_wire_mig_data;
+VFUX_WIRE_SIZE(vfu_wire_mig_data, 8);
+VFUX_WIRE_AT(vfu_wire_mig_data, size, 4);
+
+/*
+ * Names for people, static strings, never NULL: "DMA_MAP", "ENOENT"; "?" for what has none. error may have either sign. The
+ * names of errors are Linux', whose values travel in the header. Any thread.
+ */
+VFU_API const char *vfu_cmd_name(uint16_t cmd);
+VFU_API const char *vfu_errno_name(int error);
+
+/*
+ * ==== capabilities =========================================================================================================
+ *
+ * The JSON of a VERSION message, both ways: parsed by a small bounded parser that allocates nothing and doesn't recurse, written
+ * compactly. Pure functions, any thread.
+ */
+
+#define VFU_CAPS_JSON_MAX 4096u /* longest text that is parsed, in bytes; longer ones are -EMSGSIZE */
+#define VFU_CAPS_DEPTH_MAX 16u  /* deepest nesting that is parsed, in unknown values too; deeper ones are -EBADMSG */
+
+/* Bits of vfu_caps.present */
+#define VFU_CAPS_MAX_MSG_FDS 0x01u
+#define VFU_CAPS_MAX_DATA_XFER_SIZE 0x02u
+#define VFU_CAPS_MAX_DMA_MAPS 0x04u
+#define VFU_CAPS_PGSIZES 0x08u
+#define VFU_CAPS_TWIN_SOCKET 0x10u
+#define VFU_CAPS_WRITE_MULTIPLE 0x20u
+#define VFU_CAPS_MIGRATION 0x40u
+
+typedef struct vfu_caps {
+    uint32_t present;            /* which of the fields below the text contained, or shall contain; the others hold defaults */
+    uint32_t max_msg_fds;        /* descriptors that the sender takes in one message; default 1 */
+    uint64_t max_data_xfer_size; /* data bytes in one message; default 1048576. A peer can say 0: check before dividing. */
+    uint32_t max_dma_maps;       /* default 65535 */
+    bool write_multiple;         /* REGION_WRITE_MULTI is understood; default false */
+    bool twin_socket;            /* twin_socket.supported; default false */
+    bool migration;              /* there is a "migration" object: not in the specification, but Cloud Hypervisor has it */
+    int32_t twin_fd_index;       /* twin_socket.fd_index, into the message's descriptors; -1, the default, if absent */
+    uint64_t pgsizes;            /* page sizes or'ed together; default 4096 */
+    uint64_t migration_pgsize;   /* migration.pgsize; default 4096. Cloud Hypervisor needs it wherever "migration" is. */
+} vfu_caps;
+
+/* Fills *caps with what the specification says about a peer that says nothing: present is 0. */
+VFU_API void vfu_caps_defaults(vfu_caps *caps);
+
+/*
+ * Reads the version data of a VERSION message. A NUL ends the text, or len does. No text (json NULL, len 0, or a NUL first) means
+ * defaults. Strict JSON (RFC 8259) in valid UTF-8, whose top is an object. Unknown names are skipped, whatever their value; if a
+ * name occurs twice the last one counts. On failure *out holds the defaults.
+ *   -EBADMSG   not JSON, not UTF-8, or nested deeper than VFU_CAPS_DEPTH_MAX
+ *   -EINVAL    JSON, but a known name has a value of another type, or a number that isn't a non-negative integer in plain digits
+ *              within the field's range. (4096.0 and 1e6 are no such integers.)
+ *   -EMSGSIZE  longer than VFU_CAPS_JSON_MAX
+ */
+VFU_API int vfu_caps_parse(const char *json, size_t len, vfu_caps *out);
+
+/*
+ * Writes the fields in caps->present, in the order of their bits, as {"capabilities":{...}} without spaces and with a terminating
+ * NUL. fd_index is written if it isn't negative. Returns the length with the NUL, which is what a VERSION message carries, or
+ * -EMSGSIZE if cap is too small (the longest possible text has VFU_CAPS_WRITE_MAX bytes), -EINVAL for unknown bits in present.
+ */
+VFU_API int vfu_caps_write(const vfu_caps *caps, char *out, size_t cap);
+#define VFU_CAPS_WRITE_MAX 266u
+
+/*
+ * ==== codec ================================================================================================================
+ *
+ * From bytes to a checked struct and back, for every message in both directions:
+ *
+ *     vfu_msg_size    how many bytes the message has that starts here          (framing)
+ *     vfu_msg_decode  those bytes, checked, as a vfu_msg
+ *     vfu_msg_encode  a vfu_msg as bytes
+ *     vfu_msg_render  a vfu_msg as a line of text
+ *
+ * Pure functions: no allocation, no I/O, no state, any thread. Decoding borrows: views in a vfu_msg point into the caller's
+ * bytes and live as long as those. Each fixed field is copied out once and checked in its copy. The bytes of a view are looked
+ * at while decoding (capability chains, coalesced writes) and again by the accessors, which check again: no bound is ever taken
+ * from an earlier look.
+ *
+ * A decoded message is safe to use, not sensible: offsets, addresses, indexes and flags are whatever the peer said.
+ */
+
+/*
+ * How DMA_READ replies and DMA_WRITE requests are laid out on a connection. QEMU 10.1 and 10.2 put the data right behind a
+ * 32-bit count, four bytes too early, and pad the message to its proper length. A DMA_READ reply of that kind shows by its
+ * count, unless its first four bytes of data are 0; then it can't be told from a reply by the book whose data ends in four bytes
+ * of 0. To learn the layout of a connection with certainty: send a DMA_READ with a count of 0x100000000. QEMU 10.1 and 10.2 see
+ * a count of 0 and succeed without touching memory, everybody else refuses it (E2BIG).
+ */
+typedef enum vfu_dma_layout {
+    VFU_DMA_LAYOUT_AUTO = 0,  /* DMA_READ replies that can be read in two ways with different results are refused */
+    VFU_DMA_LAYOUT_SPEC = 1,  /* by the book: 64-bit count, data at 16 of the payload */
+    VFU_DMA_LAYOUT_QEMU10 = 2 /* 32-bit count, data at 12 */
+} vfu_dma_layout;
+
+/*
+ * One message, command or reply. Which member of u counts follows from cmd; a reply with VFU_HDR_ERROR has none. Set unused
+ * fields to 0 (vfu_msg m = {0}, or vfu_msg_init). Views are borrowed; data may be NULL if data_len is 0.
+ *
+ * argsz is carried as it is, in both directions; the wire structs say what to put there.
+ */
+typedef struct vfu_msg {
+    uint16_t id;    /* header: echoed in the reply */
+    uint16_t cmd;   /* header: vfu_cmd */
+    uint32_t flags; /* header: VFU_HDR_* */
+    uint32_t error; /* header: positive Linux errno value of an error reply */
+    union {
+        struct { /* VERSION, both directions */
+            uint16_t major;
+            uint16_t minor;
+            const char *json;  /* NULL if there is none; not NUL-terminated as far as the receiver may assume */
+            uint32_t json_len; /* without the NUL; the encoder adds it */
+        } version;
+        struct { /* DMA_MAP command */
+            uint32_t argsz;
+            uint32_t flags;
+            uint64_t offset;
+            uint64_t address;
+            uint64_t size;
+        } dma_map;
+        struct { /* DMA_UNMAP, both directions */
+            uint32_t argsz;
+            uint32_t flags;
+            uint64_t address;
+            uint64_t size;
+            const uint8_t *data; /* with VFU_DMA_UNMAP_GET_DIRTY_BITMAP only: page size, bitmap size, in a reply the bitmap */
+            uint32_t data_len;   /* 0 or at least 16 */
+        } dma_unmap;
+        struct { /* GET_INFO, both directions */
+            uint32_t argsz;
+            uint32_t flags;
+            uint32_t num_regions;
+            uint32_t num_irqs;
+        } device_info;
+        struct { /* GET_REGION_INFO, both directions */
+            uint32_t argsz;
+            uint32_t flags;
+            uint32_t index;
+            uint32_t cap_offset;
+            uint64_t size;
+            uint64_t offset;
+            const uint8_t *data; /* reply with VFU_REGION_INFO_CAPS: what follows the 32 bytes; use vfu_msg_next_cap */
+            uint32_t data_len;
+            bool truncated; /* decoded reply: argsz announces more than came; ask again, unless that was the argsz asked with */
+        } region_info;
+        struct { /* GET_REGION_IO_FDS, both directions */
+            uint32_t argsz;
+            uint32_t flags;
+            uint32_t index;
+            uint32_t count;
+            const uint8_t *data; /* reply: count entries of stride bytes, or nothing if truncated; use vfu_msg_sub_region */
+            uint32_t data_len;
+            uint32_t stride; /* decoded reply: size of an entry, at least 40; 0 without entries. Not encoded: data_len / count. */
+            bool truncated;  /* decoded reply: count entries exist but didn't fit; ask again as above */
+        } region_io_fds;
+        struct { /* GET_IRQ_INFO, both directions */
+            uint32_t argsz;
+            uint32_t flags;
+            uint32_t index;
+            uint32_t count;
+        } irq_info;
+        struct { /* SET_IRQS command */
+            uint32_t argsz;
+            uint32_t flags; /* decoded: exactly one DATA and one ACTION bit, and no other */
+            uint32_t index;
+            uint32_t start;
+            uint32_t count;      /* decoded: start + count doesn't wrap */
+            const uint8_t *data; /* DATA_BOOL only: count bytes */
+            uint32_t data_len;
+        } irq_set;
+        struct { /* REGION_READ and REGION_WRITE, both directions */
+            uint64_t offset;
+            uint32_t region;
+            uint32_t count;
+            const uint8_t *data; /* write command and read reply: count bytes; nothing otherwise */
+            uint32_t data_len;
+        } region;
+        struct { /* DMA_READ and DMA_WRITE, both directions */
+            uint64_t address;
+            uint64_t count;
+            const uint8_t *data; /* write command and read reply: count bytes; nothing otherwise */
+            uint32_t data_len;
+            uint32_t ack_len; /* write reply: size of the payload, 0 (QEMU; address and count are 0 then), 12 or 16 */
+            bool legacy;      /* write command, read reply: VFU_DMA_LAYOUT_QEMU10 */
+            bool proven;      /* read reply decoded with LAYOUT_AUTO: only this layout fits, so the connection has it */
+        } dma;
+        struct {                 /* REGION_WRITE_MULTI, both directions */
+            uint64_t count;      /* reply: writes done */
+            const uint8_t *data; /* command: count entries of 24 bytes; use vfu_msg_write_one */
+            uint32_t data_len;
+        } write_multi;
+        struct { /* FEATURE, both directions */
+            uint32_t argsz;
+            uint32_t flags;
+            const uint8_t *data; /* the feature's own payload; use vfu_feature_* */
+            uint32_t data_len;
+        } feature;
+        struct { /* MIG_DATA_READ, both directions, and MIG_DATA_WRITE command */
+            uint32_t argsz;
+            uint32_t size;
+            const uint8_t *data; /* write command and read reply: size bytes; nothing otherwise */
+            uint32_t data_len;
+        } mig_data;
+    } u;
+} vfu_msg;
+
+static inline bool vfu_msg_is_reply(const vfu_msg *msg)
+{
+    return (msg->flags & VFU_HDR_TYPE_MASK) == VFU_HDR_REPLY;
+}
+
+/* A reply that says that the command failed; msg->error says why, or is 0. */
+static inline bool vfu_msg_is_error(const vfu_msg *msg)
+{
+    return vfu_msg_is_reply(msg) && (msg->flags & VFU_HDR_ERROR) != 0;
+}
+
+/* A command that must be answered. False for a command with NO_REPLY and for every reply. */
+static inline bool vfu_msg_wants_reply(const vfu_msg *msg)
+{
+    return (msg->flags & VFU_HDR_TYPE_MASK) == VFU_HDR_COMMAND && (msg->flags & VFU_HDR_NO_REPLY) == 0;
+}
+
+/* Makes *msg an empty command. */
+VFU_API void vfu_msg_init(vfu_msg *msg, uint16_t id, uint16_t cmd);
+
+/*
+ * Makes *reply the reply to *command, with its id and cmd and an empty payload. error is 0, or an errno value of either sign:
+ * then it is a header-only error reply. reply may be command.
+ */
+VFU_API void vfu_msg_init_reply(vfu_msg *reply, const vfu_msg *command, int error);
+
+/*
+ * Framing. From at least 16 bytes of a stream: the size of the message that starts there, header included, to *size. max is the
+ * largest size that the caller accepts. Nothing but the size field is looked at.
+ *   -EAGAIN   fewer than 16 bytes: come back with more
+ *   -EBADMSG  the size is below 16 or above max: the stream has lost its place for good
+ */
+VFU_API int vfu_msg_size(const void *bytes, size_t len, uint32_t max, uint32_t *size);
+
+/*
+ * Checks the message in bytes and fills *out; views in it point into bytes, which *out borrows. len is the size of the message as
+ * vfu_msg_size said. Whether it is a command or a reply is taken from its flags.
+ *
+ * Accepted beyond the letter, because peers do it or nothing depends on it: any argsz; bytes behind the fixed part of GET_INFO,
+ * GET_REGION_INFO, GET_REGION_IO_FDS and GET_IRQ_INFO (ignored); bytes behind what SET_IRQS needs (ignored); a payload in an
+ * error reply, and in a reply that has none (ignored); GET_REGION_INFO and GET_REGION_IO_FDS replies that are cut; version data
+ * without its NUL, or with several; any value of the reserved header flags; NO_REPLY and ERROR where they mean nothing.
+ *
+ *   -EBADMSG  fewer than 16 bytes (*out is zeroed), the size field isn't len, or the type is neither command nor reply. A peer
+ *             that does this has no idea of the protocol: close.
+ *   -ENOSYS   no such command. Answer with an error and go on.
+ *   -EINVAL   the payload is too short, too long, or contradicts itself. Answer with an error and go on.
+ * If len is at least 16 the header's fields are set whatever is returned, so that the error can be answered; u is zeroed then.
+ */
+VFU_API int vfu_msg_decode(const void *bytes, size_t len, vfu_msg *out);
+
+/* The same for a connection whose DMA layout is known. vfu_msg_decode is this with VFU_DMA_LAYOUT_AUTO. */
+VFU_API int vfu_msg_decode_dma(const void *bytes, size_t len, vfu_dma_layout layout, vfu_msg *out);
+
+/*
+ * Writes a whole message, header and data. Returns its size. out may not overlap the views in msg. Unknown header flags, and the
+ * error field of a message that is no error reply, are written as they are; an error reply is 16 bytes whatever u holds.
+ *   -EMSGSIZE  cap is too small, or the size doesn't fit 32 bits (or an int): nothing usable is in out
+ *   -EINVAL    msg contradicts itself (count isn't data_len, data where none belongs, ack_len not 0, 12 or 16, ...), or is of no
+ *              known command or type
+ * Whatever was decoded can be encoded, and decodes to the same again; the bytes are the same unless some were ignored.
+ */
+VFU_API int vfu_msg_encode(const vfu_msg *msg, void *out, size_t cap);
+
+/*
+ * The same without the data, for sendmsg with an iovec: writes header and fixed part, with a size field that counts the data_len
+ * bytes that the caller sends itself right behind it. data isn't looked at and may be NULL. Returns the number of bytes written,
+ * at most VFU_MSG_HEAD_MAX except for VERSION, which has no tail: its text is written like vfu_msg_encode does. Errors as above;
+ * also -EINVAL for a legacy DMA message with less than 4 bytes of data, which needs padding behind them.
+ */
+VFU_API int vfu_msg_encode_head(const vfu_msg *msg, void *out, size_t cap);
+#define VFU_MSG_HEAD_MAX 48u
+
+/*
+ * Entries of arrays. Each copies entry i to *out and returns 0, or -EINVAL if there is no such entry or msg is of another kind.
+ * vfu_msg_write_one also refuses an entry with a count above 8; a decoded message has none.
+ */
+VFU_API int vfu_msg_write_one(const vfu_msg *msg, uint64_t i, vfu_wire_write_one *out);
+VFU_API int vfu_msg_sub_region(const vfu_msg *msg, uint32_t i, vfu_wire_sub_region *out);
+
+/* A capability in a GET_REGION_INFO reply. Start from zero: vfu_region_cap cap = {0}; while (vfu_msg_next_cap(&m, &cap)) ... */
+typedef struct vfu_region_cap {
+    uint16_t id;         /* VFU_REGION_CAP_* or unknown */
+    uint16_t version;    /* 1 */
+    const uint8_t *data; /* what follows the capability's 8-byte header */
+    uint32_t data_len;   /* all of it that can belong to the capability: up to the next one, or to the end of the payload */
+    uint32_t next;       /* private: where the iteration goes on; 0 at its start, UINT32_MAX at its end */
+} vfu_region_cap;
+
+/*
+ * Steps to the next capability; false at the end of the chain (at once if there is none, or msg is no such reply). The chain of a
+ * decoded message ends properly; in a truncated one it stops before the first capability that isn't all there.
+ */
+VFU_API bool vfu_msg_next_cap(const vfu_msg *msg, vfu_region_cap *cap);
+
+/* Number of areas of a sparse mmap capability, and area i. -EINVAL if it is none, is too short, or has no area i. */
+VFU_API int vfu_region_cap_areas(const vfu_region_cap *cap, uint32_t *count);
+VFU_API int vfu_region_cap_area(const vfu_region_cap *cap, uint32_t i, vfu_wire_sparse_area *out);
+
+/* Copies a type capability (header.next is 0 in the copy); -EINVAL if it is none. */
+VFU_API int vfu_region_cap_type(const vfu_region_cap *cap, vfu_wire_cap_type *out);
+
+/*
+ * Completes a GET_REGION_INFO reply with capabilities: a type if type isn't NULL (its header is ignored), and sparse areas if
+ * count isn't 0. Writes them to buf and sets argsz, cap_offset, VFU_REGION_INFO_CAPS, data and data_len; the reply borrows buf.
+ * argsz is the one of the request: if it doesn't leave room, the reply is cut as QEMU wants it (32 bytes, no CAPS flag,
+ * cap_offset 0, argsz says what is needed) and truncated is set: leave the descriptor away then. Returns 0, -EMSGSIZE if cap (at
+ * least 16 * (count + 1) and 16 more with a type) is too small, -EINVAL if *reply isn't a GET_REGION_INFO reply or argsz is
+ * below 32.
+ */
+VFU_API int vfu_msg_set_region_caps(vfu_msg *reply, uint32_t argsz, const vfu_wire_cap_type *type,
+                                    const vfu_wire_sparse_area *areas, uint32_t count, void *buf, size_t cap);
+
+/*
+ * Payloads of FEATURE. Readers take a FEATURE message, command or reply, check that it is of that feature and long enough, and
+ * copy; -EINVAL if not. log_control covers LOGGING_START and checks that all its ranges are there; log_range copies range i of
+ * it. log_report gives the bitmap as a view (bytes, unaligned; in a command of length 0); its length is what came: compare it
+ * with what the range needs.
+ */
+VFU_API int vfu_feature_migration(const vfu_msg *msg, vfu_wire_feature_migration *out);
+VFU_API int vfu_feature_mig_state(const vfu_msg *msg, vfu_wire_feature_mig_state *out);
+VFU_API int vfu_feature_log_control(const vfu_msg *msg, vfu_wire_feature_log_control *out);
+VFU_API int vfu_feature_log_range(const vfu_msg *msg, uint32_t i, vfu_wire_feature_log_range *out);
+VFU_API int vfu_feature_log_report(const vfu_msg *msg, vfu_wire_feature_log_report *out, const uint8_t **bitmap,
+                                   uint32_t *bitmap_len);
+
+/*
+ * Writers: make buf the payload of *msg, a FEATURE message, which borrows it: data, data_len and argsz (8 and the payload) are
+ * set, flags are the caller's. In a command, which says with argsz how much reply it takes, set argsz afterwards if that is
+ * more. -EMSGSIZE if cap is too small, -EINVAL if *msg isn't a FEATURE message of that feature. log_control writes num_ranges
+ * ranges; log_report writes the 24 bytes and bitmap_len bytes of bitmap, which may already stand at buf + 24.
+ */
+VFU_API int vfu_feature_set_migration(vfu_msg *msg, const vfu_wire_feature_migration *in, void *buf, size_t cap);
+VFU_API int vfu_feature_set_mig_state(vfu_msg *msg, const vfu_wire_feature_mig_state *in, void *buf, size_t cap);
+VFU_API int vfu_feature_set_log_control(vfu_msg *msg, const vfu_wire_feature_log_control *in,
+                                        const vfu_wire_feature_log_range *ranges, void *buf, size_t cap);
+VFU_API int vfu_feature_set_log_report(vfu_msg *msg, const vfu_wire_feature_log_report *in, const void *bitmap,
+                                       uint32_t bitmap_len, void *buf, size_t cap);
+
+/*
+ * One line for people, without a newline: -> for a command, <- for a reply, the id, the command, then its fields:
+ *     -> 0x0012 DMA_MAP iova 0x1000 size 0x1000 rw offset 0x0
+ *     <- 0x0012 DMA_MAP error EEXIST
+ * Text from the peer is printed with control characters replaced. Like snprintf: returns the length of the whole line, writes at
+ * most cap bytes with the terminating NUL (nothing if cap is 0). Lines are for reading, and may change between versions.
+ */
+VFU_API int vfu_msg_render(const vfu_msg *msg, char *out, size_t cap);
+
+#ifndef VFU_CODEC_ONLY
+
+/*
+ * ==== transport ============================================================================================================
+ *
+ * A connection turns a stream of bytes and descriptors into messages, and messages into the stream. It never blocks, and never
+ * holds more than two messages of the largest size and their descriptors.
+ *
+ * Descriptors belong to the message in which they arrived: Linux ends a recvmsg() behind the bytes that descriptors came with, so
+ * they are those of the message that has the last byte received. They are close-on-exec, and closed if nobody takes them.
+ */
+
+/* Where lines for people go. All zero: warnings to standard error. */
+typedef enum vfu_level { VFU_LEVEL_DEFAULT = 0, VFU_LEVEL_ERROR = 1, VFU_LEVEL_WARNING = 2, VFU_LEVEL_INFO = 3, VFU_LEVEL_TRACE = 4 } vfu_level;
+
+typedef struct vfu_logger {
+    void *ctx;
+    void (*write)(void *ctx, vfu_level level, const char *line); /* no newline at its end; NULL: standard error */
+    vfu_level level;                                             /* lines above it are left away; 0: VFU_LEVEL_WARNING */
+} vfu_logger;
+
+enum {
+    VFU_FDS_MAX = 16,       /* descriptors in one message that can be negotiated; QEMU takes no more */
+    VFU_FDS_RECEIVABLE = 253 /* descriptors that Linux passes in one sendmsg() */
+};
+
+/* Pieces of one message that are sent together. */
+typedef struct vfu_slice {
+    const void *data;
+    size_t len;
+} vfu_slice;
+
+/*
+ * How bytes and descriptors travel. Both functions must not block.
+ *   receive: puts up to len bytes at buf and returns how many; 0: the peer has closed; -EAGAIN: nothing there now; else a
+ *            negative errno. Up to VFU_FDS_RECEIVABLE descriptors go to fds, their number to *fd_count, also when it fails.
+ *   send:    takes a prefix of the slices and returns its length, at least 1 byte; -EAGAIN, or another negative errno. The
+ *            descriptors, which it borrows, go with the first byte.
+ */
+typedef struct vfu_io {
+    void *ctx;
+    int64_t (*receive)(void *ctx, void *buf, size_t len, int *fds, unsigned *fd_count);
+    int64_t (*send)(void *ctx, const vfu_slice *slices, unsigned count, const int *fds, unsigned fd_count);
+} vfu_io;
+
+typedef struct vfu_conn vfu_conn;
+
+typedef struct vfu_conn_desc {
+    int fd;           /* a connected socket, taken; used if io is NULL. Made non-blocking. */
+    const vfu_io *io; /* instead of fd; copied */
+    uint32_t max_msg; /* bytes of the largest message that is received; 0: VFU_MSG_MAX_DEFAULT */
+    uint32_t max_fds; /* descriptors of one message that are accepted; 0: VFU_FDS_MAX */
+    vfu_alloc alloc;  /* copied */
+} vfu_conn_desc;
+
+/* Room for the default max_data_xfer_size of 1 MiB and what stands before the data. */
+#define VFU_MSG_MAX_DEFAULT ((UINT32_C(1) << 20) + 4096)
+
+/* A received message. The bytes are borrowed until the next call on the connection. */
+typedef struct vfu_frame {
+    const uint8_t *bytes;
+    uint32_t len;
+    unsigned fd_count;        /* descriptors that came with it */
+    int fds[VFU_FDS_MAX];     /* owned by the frame: take one by overwriting it with -1 */
+    unsigned fds_refused;     /* descriptors above max_fds; they are closed already */
+} vfu_frame;
+
+/* Makes a connection. Takes desc->fd, also on failure. 0, -EINVAL, -ENOMEM, or what fcntl() says. */
+VFU_API int vfu_conn_create(vfu_conn **out, const vfu_conn_desc *desc);
+
+/* Closes it, with every descriptor that nobody took. NULL is fine. */
+VFU_API void vfu_conn_destroy(vfu_conn *conn);
+
+/* The socket, for poll(); -1 with an io of the caller's. */
+VFU_API int vfu_conn_fd(const vfu_conn *conn);
+
+/*
+ * Receives once: one recvmsg(), as many bytes as there are and as fit. Returns how many; -EAGAIN: nothing there now; -EPIPE: the
+ * peer has closed; -ENOBUFS: a whole message waits in the buffer, take it first; -EBADMSG: descriptors were lost on the way; or
+ * what recvmsg() says. After any error but -EAGAIN and -ENOBUFS the connection is of no more use.
+ */
+VFU_API int vfu_conn_receive(vfu_conn *conn);
+
+/*
+ * Takes the next message out of the buffer, without a system call. Closes what is left of the descriptors of *frame, which must
+ * be the one of the last call (or all zero at first). 1: there is one; 0: none is complete; -EBADMSG: the size field is below 16
+ * or above max_msg, and the stream has no more messages.
+ */
+VFU_API int vfu_conn_next(vfu_conn *conn, vfu_frame *frame);
+
+/*
+ * Sends one message, given as header and fixed part (head) and its data, which may be NULL; descriptors are borrowed. What the
+ * socket doesn't take now is copied and sent by vfu_conn_flush. 0; -EAGAIN: an earlier message of that size still waits, and
+ * nothing was sent; -EMSGSIZE: larger than this connection can ever queue; or what sendmsg() says: the connection is of no more
+ * use.
+ */
+VFU_API int vfu_conn_send(vfu_conn *conn, const void *head, size_t head_len, const void *data, size_t data_len, const int *fds,
+                          unsigned fd_count);
+
+/* Sends what waits. 0: all is sent; -EAGAIN: some still waits; or what sendmsg() says. */
+VFU_API int vfu_conn_flush(vfu_conn *conn);
+
+/* Is anything waiting to be sent? */
+VFU_API bool vfu_conn_is_waiting(const vfu_conn *conn);
+
+/*
+ * UNIX sockets, close-on-exec. Each gives a descriptor, or a negative errno.
+ *   listen   binds and listens. A socket file that nobody listens on any more is replaced; -EADDRINUSE: somebody does, or the
+ *            path is no socket. The file has the permissions that umask leaves.
+ *   accept   the next client, non-blocking; -EAGAIN: nobody waits.
+ *   connect  blocks until the server has accepted into its backlog.
+ */
+VFU_API int vfu_sock_listen(const char *path);
+VFU_API int vfu_sock_accept(int listener);
+VFU_API int vfu_sock_connect(const char *path);
+
+/*
+ * ==== PCI ==================================================================================================================
+ *
+ * A configuration space, built from a descriptor: type 0 header, base address registers, a list of capabilities. Reads and writes
+ * of any size and alignment have the effect of the byte accesses that they consist of. Pure state: no I/O.
+ */
+
+typedef enum vfu_bar_kind { VFU_BAR_MEM32 = 0, VFU_BAR_MEM64 = 1, VFU_BAR_IO = 2 } vfu_bar_kind;
+
+typedef struct vfu_bar_desc {
+    uint64_t size;     /* bytes, a power of two; at least 16 (I/O: 4); 0: no such BAR */
+    vfu_bar_kind kind; /* a 64-bit BAR takes the next number too, whose size must be 0 */
+    bool prefetchable;
+} vfu_bar_desc;
+
+typedef struct vfu_pci_vendor_cap {
+    const void *data; /* what follows the capability's length byte; read-only for the client; borrowed while building */
+    uint8_t len;      /* bytes */
+} vfu_pci_vendor_cap;
+
+typedef struct vfu_pci_desc {
+    uint16_t vendor, device;
+    uint16_t subsystem_vendor, subsystem;
+    uint32_t class_code;   /* 0xccsspp: base class, subclass, programming interface */
+    uint8_t revision;
+    uint8_t interrupt_pin; /* 0: none, 1: INTA */
+    vfu_bar_desc bar[6];
+    uint32_t rom_size;     /* expansion ROM, bytes, a power of two >= 2048; 0: none */
+    bool pm;               /* power management capability: D0 and D3hot, no soft reset */
+    bool express;          /* PCI Express endpoint capability; the configuration space has 4096 bytes then, else 256 */
+    bool flr;              /* function-level reset, needs express */
+    struct {
+        uint16_t vectors; /* 0: no MSI-X capability; at most 2048 */
+        uint8_t table_bar, pba_bar;
+        uint32_t table_offset, pba_offset; /* bytes, multiples of 8, inside the BARs */
+    } msix;
+    const vfu_pci_vendor_cap *vendor_caps; /* borrowed while building */
+    unsigned vendor_cap_count;
+} vfu_pci_desc;
+
+/* What a write has changed, or asked for. */
+#define VFU_PCI_CHANGED_COMMAND 0x01u
+#define VFU_PCI_CHANGED_BAR 0x02u
+#define VFU_PCI_CHANGED_MSIX 0x04u
+#define VFU_PCI_CHANGED_POWER 0x08u
+#define VFU_PCI_ASKED_FLR 0x10u
+
+/* The bits of the command and status registers that the library or a device cares about */
+#define VFU_PCI_COMMAND_IO 0x0001u
+#define VFU_PCI_COMMAND_MEMORY 0x0002u
+#define VFU_PCI_COMMAND_MASTER 0x0004u
+#define VFU_PCI_COMMAND_INTX_DISABLE 0x0400u
+#define VFU_PCI_STATUS_INTX 0x0008u
+
+typedef struct vfu_pci {
+    /* private */
+    uint32_t size; /* bytes of the configuration space */
+    uint16_t pm_at, msix_at, express_at;
+    bool flr;
+    uint8_t config[4096];
+    uint8_t initial[4096];  /* what a reset restores */
+    uint8_t writable[4096]; /* bits that a write changes */
+    uint8_t clearable[4096]; /* bits that a write of one clears */
+} vfu_pci;
+
+/* Builds the space. 0; -EINVAL: a size or offset is impossible, or the capabilities don't fit. */
+VFU_API int vfu_pci_build(vfu_pci *pci, const vfu_pci_desc *desc);
+
+/* Reads or writes [offset, offset + len), which must lie inside. The write returns VFU_PCI_CHANGED_* and VFU_PCI_ASKED_FLR. */
+VFU_API void vfu_pci_read(const vfu_pci *pci, uint32_t offset, void *buf, uint32_t len);
+VFU_API unsigned vfu_pci_write(vfu_pci *pci, uint32_t offset, const void *buf, uint32_t len);
+
+/* Everything as after a reset. */
+VFU_API void vfu_pci_reset(vfu_pci *pci);
+
+/* The client is gone: command register and MSI-X enable are cleared, the rest stays. */
+VFU_API void vfu_pci_disconnect(vfu_pci *pci);
+
+VFU_API uint16_t vfu_pci_command(const vfu_pci *pci);
+VFU_API bool vfu_pci_msix_enabled(const vfu_pci *pci);
+
+/* The interrupt bit of the status register. */
+VFU_API void vfu_pci_set_intx_status(vfu_pci *pci, bool level);
+
+/* Offset of the first capability with this identity, 0: there is none. */
+VFU_API uint8_t vfu_pci_capability(const vfu_pci *pci, uint8_t id);
+
+/*
+ * ==== device ===============================================================================================================
+ *
+ * The server's end: one device, one client at a time.
+ *
+ *      create --- listen, or attach ----> waiting <--------------------------------------------+
+ *                                           | a client connects                                |
+ *                                           v                                                  |
+ *                                        greeting   VERSION has to come within 10 seconds      |
+ *                                           |                                                  |
+ *                                           v       callbacks: connected                       |
+ *                                        serving    region_read, region_write, reset, work ... |
+ *                                           |                                                  |
+ *                                           v       callbacks: disconnected                    |
+ *                                        the client leaves, or breaks the protocol ------------+
+ *
+ * When a client leaves, whatever was asked of it is cancelled, its mappings, descriptors and interrupts are dropped; the device's
+ * own state stays (specification, "Client Disconnection").
+ *
+ * All functions, and all callbacks, belong to the thread that polls, but for vfu_dev_raise, vfu_dev_iommu and vfu_dev_stop.
+ */
+
+typedef struct vfu_dev vfu_dev;
+
+/* Why a device is reset. */
+typedef enum vfu_reset_kind { VFU_RESET_BY_CLIENT = 0, VFU_RESET_BY_FUNCTION = 1 } vfu_reset_kind;
+
+/*
+ * What a device does. Every one may be NULL. ctx is the descriptor's. A callback that returns a negative errno fails the request
+ * with that error. The library has checked all bounds before.
+ */
+typedef struct vfu_dev_callbacks {
+    /* The client reads or writes [offset, offset + len) of a region, len > 0. Return 0 or a negative errno. NULL: reads as zero,
+     * ignores writes. Not called for the configuration space, nor for the MSI-X table and PBA. */
+    int (*region_read)(void *ctx, uint32_t region, uint64_t offset, void *buf, size_t len);
+    int (*region_write)(void *ctx, uint32_t region, uint64_t offset, const void *buf, size_t len);
+
+    /* Back to the initial state. The configuration space and the MSI-X table are reset already; mappings and interrupts stay. */
+    void (*reset)(void *ctx, vfu_reset_kind kind);
+
+    /* The configuration space was written; changed is VFU_PCI_CHANGED_*. */
+    void (*config_written)(void *ctx, unsigned changed);
+
+    /* After VERSION; and when that client has gone: mappings and interrupts are dropped when it returns. */
+    void (*connected)(void *ctx);
+    void (*disconnected)(void *ctx);
+
+    /* Work that isn't the answer to a request, asked for with vfu_dev_want_work. Called by poll after the replies were sent,
+     * without a request under way; so it may use memory that only messages reach. True: call again soon. */
+    bool (*work)(void *ctx);
+
+    /* A mapping was added; and one was removed, when no access to it is in flight any more. */
+    void (*dma_mapped)(void *ctx, const vfu_iommu_mapping *mapping);
+    void (*dma_unmapped)(void *ctx, const vfu_iommu_mapping *mapping);
+} vfu_dev_callbacks;
+
+/* What of a region a client may map. The areas are multiples of its page size. */
+typedef struct vfu_region_share {
+    int fd;                            /* borrowed until the device is destroyed */
+    uint64_t offset;                   /* of the region's byte 0 in fd, a multiple of the page size */
+    const vfu_wire_sparse_area *areas; /* copied; NULL: the whole region */
+    uint32_t area_count;
+} vfu_region_share;
+
+typedef struct vfu_dev_desc {
+    vfu_pci_desc pci; /* regions 0 to 5 are its BARs, 6 its ROM, 7 its configuration space */
+    const vfu_region_share *share[6]; /* for each BAR; NULL: every access is a message */
+
+    void *ctx; /* first argument of the callbacks */
+    vfu_dev_callbacks callbacks;
+
+    uint32_t max_data_xfer_size; /* bytes that one message may carry; 0: 1 MiB; at most 16 MiB */
+    uint32_t max_dma_maps;       /* 0: 65535 */
+    uint32_t max_readers;        /* threads that do DMA, besides the one that polls; 0: 15 */
+    uint32_t greeting_ms;        /* a client that has not sent VERSION by then is dropped; 0: 10000 */
+    bool no_mmap;                /* policy: never map a client's memory; every DMA is a message */
+
+    vfu_alloc alloc;   /* copied */
+    vfu_logger logger; /* copied */
+} vfu_dev_desc;
+
+/* Makes a device that nobody can reach yet. Copies *desc. 0, -EINVAL, -ENOMEM. */
+VFU_API int vfu_dev_create(vfu_dev **out, const vfu_dev_desc *desc);
+
+/* Ends it: the client is dropped, a socket file that listen made is removed. NULL is fine. */
+VFU_API void vfu_dev_destroy(vfu_dev *dev);
+
+/* Where clients come from: a path to make, or a socket that listens or is connected already, which is taken, also on failure.
+ * 0, -EBUSY: there is one already, or what vfu_sock_listen says; -ENOTSOCK. */
+VFU_API int vfu_dev_listen(vfu_dev *dev, const char *path);
+VFU_API int vfu_dev_attach(vfu_dev *dev, int fd);
+
+/*
+ * Loops. Either `run`, until vfu_dev_stop or, for a connected socket that was attached, until the client leaves; it returns 0 or a
+ * negative errno. Or the caller's own: wait with poll() for what vfu_dev_fds asks, at most vfu_dev_timeout milliseconds (-1: no
+ * limit), then call vfu_dev_poll, which handles what is there and never blocks. It returns 0, or -ENOTCONN when there is no client
+ * and none can come.
+ */
+typedef struct vfu_pollfd {
+    int fd;
+    short events; /* POLLIN, POLLOUT */
+} vfu_pollfd;
+#define VFU_DEV_FDS 3
+
+VFU_API int vfu_dev_run(vfu_dev *dev);
+VFU_API int vfu_dev_poll(vfu_dev *dev);
+VFU_API unsigned vfu_dev_fds(vfu_dev *dev, vfu_pollfd fds[VFU_DEV_FDS]);
+VFU_API int vfu_dev_timeout(vfu_dev *dev);
+
+/* Makes run return. Any thread, and signal handlers. */
+VFU_API void vfu_dev_stop(vfu_dev *dev);
+
+/* Asks for the work callback. */
+VFU_API void vfu_dev_want_work(vfu_dev *dev);
+
+/* The device's configuration space, to look at. */
+VFU_API const vfu_pci *vfu_dev_pci(vfu_dev *dev);
+
+/*
+ * Interrupts. raise signals interrupt `vector` of an IRQ index other than INTx: one write(), any thread. 0; -ENOENT: the client has
+ * assigned no eventfd; -EINVAL: no such interrupt. set_intx sets the level of the INTx line: it is signalled when it rises, and
+ * again when the client unmasks it and it is still up.
+ */
+VFU_API int vfu_dev_raise(vfu_dev *dev, uint32_t index, uint32_t vector);
+VFU_API void vfu_dev_set_intx(vfu_dev *dev, bool level);
+
+/*
+ * The client's memory. vfu_dev_iommu is the table; threads of the device open readers of it. vfu_dev_reader is the one of the thread
+ * that polls. Memory that only messages reach can't be accessed with a reader (-EDEADLK: a client that waits for a reply does not
+ * answer); for this there is vfu_dev_dma, which takes memory of every kind.
+ */
+VFU_API vfu_iommu *vfu_dev_iommu(vfu_dev *dev);
+VFU_API vfu_iommu_reader *vfu_dev_reader(vfu_dev *dev);
+
+/* A transfer between the client's memory and a buffer. The struct and the buffer are the caller's and stay where they are until
+ * done is called. Fill in the first part, the rest zero. */
+typedef struct vfu_dma {
+    uint64_t iova;
+    void *buf;
+    size_t len;    /* bytes */
+    bool to_client; /* true: buf to iova (DMA_WRITE); false: iova to buf (DMA_READ) */
+    void (*done)(struct vfu_dma *dma, int result); /* by the thread that polls; 0 or as below */
+    void *user;
+
+    uint64_t fault; /* on failure: the first IOVA that failed; of a message its first */
+
+    /* private */
+    struct vfu_dma *next;
+    uint64_t sent, finished; /* bytes */
+    bool active, unmapped;
+} vfu_dma;
+
+/*
+ * Starts one. 0: it is done, `done` is not called. 1: messages are under way, `done` will be called. Or it failed, at once or as the
+ * argument of done: -ENOENT, -EACCES: refused as a whole before a byte moved, or the client has unmapped it meanwhile; -EINVAL: the
+ * range wraps; -EFAULT: memory is gone; -EIO: the client refused, or answered wrongly; -ENOTCONN: no client.
+ */
+VFU_API int vfu_dev_dma(vfu_dev *dev, vfu_dma *dma);
+
+/* Forgets one that is under way; done is not called, and late replies are discarded. */
+VFU_API void vfu_dev_dma_cancel(vfu_dev *dev, vfu_dma *dma);
+
+/*
+ * ==== client ===============================================================================================================
+ *
+ * The other end. Each call sends a request and waits for its reply, up to a time limit, and meanwhile serves the device's DMA_READ
+ * and DMA_WRITE from its own vfu_iommu: a device reaches what is mapped now, and nothing else.
+ */
+
+typedef struct vfu_client vfu_client;
+
+typedef struct vfu_client_desc {
+    uint32_t timeout_ms;         /* for each reply; 0: 5000 */
+    uint32_t max_data_xfer_size; /* 0: 1 MiB; at most 16 MiB */
+    uint32_t max_dma_maps;       /* 0: 65535 */
+    vfu_alloc alloc;             /* copied */
+    vfu_logger logger;           /* copied */
+} vfu_client_desc;
+
+/*
+ * Connects and negotiates (VERSION). attach takes a connected socket, also on failure. desc may be NULL. 0; what connect() says;
+ * -ETIMEDOUT; -EPROTO: the server answers with something that no server may; -ENOMEM.
+ *
+ * All calls below return 0 unless they say otherwise, or: the error with which the server answered; -ETIMEDOUT, -EPIPE (it has
+ * closed), -EPROTO: the connection is of no more use, and every later call says -EPIPE.
+ */
+VFU_API int vfu_client_connect(vfu_client **out, const char *path, const vfu_client_desc *desc);
+VFU_API int vfu_client_attach(vfu_client **out, int fd, const vfu_client_desc *desc);
+VFU_API void vfu_client_destroy(vfu_client *client);
+
+/* The socket, for poll(); and what the server said in VERSION. */
+VFU_API int vfu_client_fd(const vfu_client *client);
+VFU_API const vfu_caps *vfu_client_caps(const vfu_client *client);
+
+/* One request and its reply, whatever it is: the general form of what follows. The id and flags of *request are set; fds are
+ * borrowed. Views in *reply are borrowed until the next call. received (may be NULL) gets up to max_received descriptors, which it
+ * gives, and -1 in the rest. -EIO: the server answered with an error and no number. */
+VFU_API int vfu_client_call(vfu_client *client, vfu_msg *request, const int *fds, unsigned fd_count, vfu_msg *reply, int *received,
+                            unsigned max_received);
+
+VFU_API int vfu_client_info(vfu_client *client, vfu_wire_device_info *out);
+VFU_API int vfu_client_irq_info(vfu_client *client, uint32_t index, vfu_wire_irq_info *out);
+
+/* A region, with the descriptor and the areas that may be mapped. */
+typedef struct vfu_client_region {
+    uint32_t flags; /* VFU_REGION_INFO_* */
+    uint64_t size, offset;
+    int fd; /* given; -1: none */
+    uint32_t area_count; /* 0 with VFU_REGION_INFO_MMAP: the whole region */
+    vfu_wire_sparse_area areas[16];
+} vfu_client_region;
+
+/* -E2BIG: more than 16 areas. */
+VFU_API int vfu_client_region_info(vfu_client *client, uint32_t index, vfu_client_region *out);
+
+/* Reads or writes a region by message, in as many as the server's max_data_xfer_size needs. */
+VFU_API int vfu_client_region_read(vfu_client *client, uint32_t region, uint64_t offset, void *buf, size_t len);
+VFU_API int vfu_client_region_write(vfu_client *client, uint32_t region, uint64_t offset, const void *buf, size_t len);
+
+/*
+ * Gives memory to the device: [host, host + size) at iova. prot is VFU_IOMMU_READ, VFU_IOMMU_WRITE or both, as the device sees it.
+ * With fd >= 0, which is borrowed, the device may map it: host must be the same memory as fd at offset. Without, the device uses
+ * messages. Memory at host is borrowed until unmapped. unmap has the semantics of vfu_iommu_unmap, and the server's answer counts:
+ * when it refuses, the mapping stays.
+ */
+VFU_API int vfu_client_dma_map(vfu_client *client, uint64_t iova, uint64_t size, uint32_t prot, void *host, int fd, uint64_t offset);
+VFU_API int vfu_client_dma_unmap(vfu_client *client, uint64_t iova, uint64_t size);
+
+/* Assigns eventfds (borrowed) to interrupts [start, start + count) of an index; NULL: de-assigns them. In chunks of what the server
+ * takes. irq_action masks, unmasks or triggers (VFU_IRQ_SET_ACTION_*); with count 0 and TRIGGER it disables the whole index. */
+VFU_API int vfu_client_irq_assign(vfu_client *client, uint32_t index, uint32_t start, uint32_t count, const int *eventfds);
+VFU_API int vfu_client_irq_action(vfu_client *client, uint32_t index, uint32_t start, uint32_t count, uint32_t action);
+
+VFU_API int vfu_client_reset(vfu_client *client);
+
+/* Serves the device's requests until wake_fd (-1: none) is readable or timeout_ms (-1: no limit) have passed. 1: it is readable; 0:
+ * the time has passed. */
+VFU_API int vfu_client_serve(vfu_client *client, int wake_fd, int timeout_ms);
+
+/* The table from which the device's requests are served. Changing it by hand is allowed, but the server is not told. */
+VFU_API vfu_iommu *vfu_client_iommu(vfu_client *client);
+
+#endif /* VFU_CODEC_ONLY */
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* VFU_H */
+
+/* ========================================================================================================================= */
+/* ==== implementation ===================================================================================================== */
+/* ========================================================================================================================= */
+
+#if defined(VFU_IMPLEMENTATION) && !defined(VFUX_IMPLEMENTED)
+#define VFUX_IMPLEMENTED
+
+#ifndef VFU_CODEC_ONLY
+#include <errno.h>
+#endif
+#include <string.h>
+
+/* The values of Linux, for builds without <errno.h>; they are what an error reply carries, too. */
+#if !__STDC_HOSTED__ || defined(VFU_CODEC_ONLY)
+#ifndef EAGAIN
+#define EAGAIN 11
+#endif
+#ifndef EINVAL
+#define EINVAL 22
+#endif
+#ifndef ENOSYS
+#define ENOSYS 38
+#endif
+#ifndef EBADMSG
+#define EBADMSG 74
+#endif
+#ifndef EMSGSIZE
+#define EMSGSIZE 90
+#endif
+#endif
+
+/*
+ * ==== wire =================================================================================================================
+ */
+
+static const char *const vfux_cmd_names[] = {
+    NULL, "VERSION", "DMA_MAP", "DMA_UNMAP", "DEVICE_GET_INFO", "DEVICE_GET_REGION_INFO", "DEVICE_GET_REGION_IO_FDS",
+    "DEVICE_GET_IRQ_INFO", "DEVICE_SET_IRQS", "REGION_READ", "REGION_WRITE", "DMA_READ", "DMA_WRITE", "DEVICE_RESET", NULL,
+    "REGION_WRITE_MULTI", "DEVICE_FEATURE", "MIG_DATA_READ", "MIG_DATA_WRITE",
+};
+
+/* Numbered as Linux does on most machines, whatever this compiler's <errno.h> says: the index is the value on the wire. */
+static const char *const vfux_errno_names[] = {
+    NULL, "EPERM", "ENOENT", "ESRCH", "EINTR", "EIO", "ENXIO", "E2BIG", "ENOEXEC", "EBADF", "ECHILD", "EAGAIN", "ENOMEM",
+    "EACCES", "EFAULT", "ENOTBLK", "EBUSY", "EEXIST", "EXDEV", "ENODEV", "ENOTDIR", "EISDIR", "EINVAL", "ENFILE", "EMFILE",
+    "ENOTTY", "ETXTBSY", "EFBIG", "ENOSPC", "ESPIPE", "EROFS", "EMLINK", "EPIPE", "EDOM", "ERANGE", "EDEADLK", "ENAMETOOLONG",
+    "ENOLCK", "ENOSYS", "ENOTEMPTY", "ELOOP", NULL, "ENOMSG", "EIDRM", "ECHRNG", "EL2NSYNC", "EL3HLT", "EL3RST", "ELNRNG",
+    "EUNATCH", "ENOCSI", "EL2HLT", "EBADE", "EBADR", "EXFULL", "ENOANO", "EBADRQC", "EBADSLT", NULL, "EBFONT", "ENOSTR",
+    "ENODATA", "ETIME", "ENOSR", "ENONET", "ENOPKG", "EREMOTE", "ENOLINK", "EADV", "ESRMNT", "ECOMM", "EPROTO", "EMULTIHOP",
+    "EDOTDOT", "EBADMSG", "EOVERFLOW", "ENOTUNIQ", "EBADFD", "EREMCHG", "ELIBACC", "ELIBBAD", "ELIBSCN", "ELIBMAX",
+    "ELIBEXEC", "EILSEQ", "ERESTART", "ESTRPIPE", "EUSERS", "ENOTSOCK", "EDESTADDRREQ", "EMSGSIZE", "EPROTOTYPE",
+    "ENOPROTOOPT", "EPROTONOSUPPORT", "ESOCKTNOSUPPORT", "EOPNOTSUPP", "EPFNOSUPPORT", "EAFNOSUPPORT", "EADDRINUSE",
+    "EADDRNOTAVAIL", "ENETDOWN", "ENETUNREACH", "ENETRESET", "ECONNABORTED", "ECONNRESET", "ENOBUFS", "EISCONN", "ENOTCONN",
+    "ESHUTDOWN", "ETOOMANYREFS", "ETIMEDOUT", "ECONNREFUSED", "EHOSTDOWN", "EHOSTUNREACH", "EALREADY", "EINPROGRESS",
+    "ESTALE", "EUCLEAN", "ENOTNAM", "ENAVAIL", "EISNAM", "EREMOTEIO", "EDQUOT", "ENOMEDIUM", "EMEDIUMTYPE", "ECANCELED",
+};
+
+#define VFUX_COUNT(array) (sizeof(array) / sizeof((array)[0]))
+
+static const char *vfux_name(const char *const *names, size_t count, uint32_t i)
+{
+    return i < count ? names[i] : NULL;
+}
+
+VFU_API const char *vfu_cmd_name(uint16_t cmd)
+{
+    const char *name = vfux_name(vfux_cmd_names, VFUX_COUNT(vfux_cmd_names), cmd);
+    return name != NULL ? name : "?";
+}
+
+VFU_API const char *vfu_errno_name(int error)
+{
+    uint32_t i = error < 0 ? 0u - (uint32_t)error : (uint32_t)error;
+    const char *name = vfux_name(vfux_errno_names, VFUX_COUNT(vfux_errno_names), i);
+    return name != NULL ? name : "?";
+}
+
+/* Text of limited size, like snprintf: len counts all that was added, out holds what fits. Shared by the next two sections. */
+typedef struct vfux_text {
+    char *out;
+    size_t cap;
+    size_t len;
+} vfux_text;
+
+static void vfux_text_bytes(vfux_text *t, const char *s, size_t n)
+{
+    if (t->len < t->cap) {
+        size_t room = t->cap - t->len;
+        memcpy(t->out + t->len, s, n < room ? n : room);
+    }
+    t->len += n;
+}
+
+static void vfux_text_add(vfux_text *t, const char *s)
+{
+    vfux_text_bytes(t, s, strlen(s));
+}
+
+/* At least width digits */
+static void vfux_text_digits(vfux_text *t, uint64_t value, unsigned base, size_t width)
+{
+    char digits[20]; /* 2^64 - 1 in decimal */
+    size_t at = sizeof digits;
+
+    do {
+        digits[--at] = "0123456789abcdef"[value % base];
+        value /= base;
+    } while (value != 0 || sizeof digits - at < width);
+    vfux_text_bytes(t, digits + at, sizeof digits - at);
+}
+
+static void vfux_text_dec(vfux_text *t, const char *label, uint64_t value)
+{
+    vfux_text_add(t, label);
+    vfux_text_digits(t, value, 10, 1);
+}
+
+static void vfux_text_hex(vfux_text *t, const char *label, uint64_t value)
+{
+    vfux_text_add(t, label);
+    vfux_text_add(t, "0x");
+    vfux_text_digits(t, value, 16, 1);
+}
+
+/*
+ * ==== capabilities =========================================================================================================
+ */
+
+VFU_API void vfu_caps_defaults(vfu_caps *caps)
+{
+    memset(caps, 0, sizeof *caps);
+    caps->max_msg_fds = 1;
+    caps->max_data_xfer_size = 1048576;
+    caps->max_dma_maps = 65535;
+    caps->twin_fd_index = -1;
+    caps->pgsizes = 4096;
+    caps->migration_pgsize = 4096;
+}
+
+/* Where in the document a value stands. The first ones are objects, whose members have names that we know. */
+typedef enum vfux_json_place {
+    VFUX_JSON_TOP,
+    VFUX_JSON_CAPS,
+    VFUX_JSON_TWIN,
+    VFUX_JSON_MIGRATION,
+    VFUX_JSON_OBJECTS, /* below this: known objects */
+    VFUX_JSON_MSG_FDS = VFUX_JSON_OBJECTS,
+    VFUX_JSON_XFER,
+    VFUX_JSON_DMA_MAPS,
+    VFUX_JSON_PGSIZES,
+    VFUX_JSON_TWIN_INDEX,
+    VFUX_JSON_MIG_PGSIZE,
+    VFUX_JSON_NUMBERS, /* below this, from VFUX_JSON_OBJECTS: known numbers */
+    VFUX_JSON_WRITE_MULTIPLE = VFUX_JSON_NUMBERS,
+    VFUX_JSON_TWIN_SUPPORTED,
+    VFUX_JSON_BOOLEANS, /* below this, from VFUX_JSON_NUMBERS: known booleans */
+    VFUX_JSON_UNKNOWN = VFUX_JSON_BOOLEANS
+} vfux_json_place;
+
+typedef struct vfux_json_name {
+    uint8_t parent; /* vfux_json_place */
+    uint8_t place;
+    const char *name;
+} vfux_json_name;
+
+static const vfux_json_name vfux_json_names[] = {
+    {VFUX_JSON_TOP, VFUX_JSON_CAPS, "capabilities"},
+    {VFUX_JSON_CAPS, VFUX_JSON_MSG_FDS, "max_msg_fds"},
+    {VFUX_JSON_CAPS, VFUX_JSON_XFER, "max_data_xfer_size"},
+    {VFUX_JSON_CAPS, VFUX_JSON_DMA_MAPS, "max_dma_maps"},
+    {VFUX_JSON_CAPS, VFUX_JSON_PGSIZES, "pgsizes"},
+    {VFUX_JSON_CAPS, VFUX_JSON_TWIN, "twin_socket"},
+    {VFUX_JSON_CAPS, VFUX_JSON_WRITE_MULTIPLE, "write_multiple"},
+    {VFUX_JSON_CAPS, VFUX_JSON_MIGRATION, "migration"},
+    {VFUX_JSON_TWIN, VFUX_JSON_TWIN_SUPPORTED, "supported"},
+    {VFUX_JSON_TWIN, VFUX_JSON_TWIN_INDEX, "fd_index"},
+    {VFUX_JSON_MIGRATION, VFUX_JSON_MIG_PGSIZE, "pgsize"},
+};
+
+#define VFUX_JSON_NAME_MAX 24u /* room for the longest known name and the mark of a longer one */
+
+typedef struct vfux_json {
+    const uint8_t *at;
+    const uint8_t *end;
+    vfu_caps *caps;
+    bool mismatch;                      /* a known name had a value of the wrong kind: -EINVAL, if the rest is well-formed */
+    uint8_t depth;                      /* open containers, at most VFU_CAPS_DEPTH_MAX */
+    uint8_t stack[VFU_CAPS_DEPTH_MAX];  /* of each: its place, or VFUX_JSON_ARRAY */
+    size_t name_len;                    /* of the last string; VFUX_JSON_NAME_MAX if it was longer than any known name */
+    uint8_t name[VFUX_JSON_NAME_MAX];
+} vfux_json;
+
+#define VFUX_JSON_ARRAY 0xffu
+
+static bool vfux_json_more(vfux_json *j)
+{
+    return j->at < j->end;
+}
+
+static void vfux_json_space(vfux_json *j)
+{
+    while (vfux_json_more(j) && (*j->at == ' ' || *j->at == '\t' || *j->at == '\n' || *j->at == '\r')) {
+        j->at++;
+    }
+}
+
+static bool vfux_json_take(vfux_json *j, uint8_t c)
+{
+    if (!vfux_json_more(j) || *j->at != c) {
+        return false;
+    }
+    j->at++;
+    return true;
+}
+
+static bool vfux_json_word(vfux_json *j, const char *word)
+{
+    size_t n = strlen(word);
+
+    if ((size_t)(j->end - j->at) < n || memcmp(j->at, word, n) != 0) {
+        return false;
+    }
+    j->at += n;
+    return true;
+}
+
+static bool vfux_json_digit(const vfux_json *j)
+{
+    return j->at < j->end && *j->at >= '0' && *j->at <= '9';
+}
+
+/* Known names are plain ASCII, so a code point above is enough of a difference and is kept as one byte that never matches. */
+static void vfux_json_name_add(vfux_json *j, uint32_t code)
+{
+    if (j->name_len < VFUX_JSON_NAME_MAX) {
+        j->name[j->name_len++] = code < 0x80 ? (uint8_t)code : 0xff;
+    }
+}
+
+/* One code point of two or more bytes: no overlong form, no surrogate, nothing above U+10FFFF (RFC 3629) */
+static bool vfux_json_utf8(vfux_json *j)
+{
+    uint8_t first = *j->at++;
+    uint8_t low = 0x80;
+    uint8_t high = 0xbf;
+    int more = first >= 0xf0 ? 3 : first >= 0xe0 ? 2 : 1;
+
+    if (first < 0xc2 || first > 0xf4) {
+        return false;
+    }
+    if (first == 0xe0) {
+        low = 0xa0;
+    } else if (first == 0xed) {
+        high = 0x9f;
+    } else if (first == 0xf0) {
+        low = 0x90;
+    } else if (first == 0xf4) {
+        high = 0x8f;
+    }
+    for (; more > 0; more--) {
+        if (!vfux_json_more(j) || *j->at < low || *j->at > high) {
+            return false;
+        }
+        j->at++;
+        low = 0x80;
+        high = 0xbf;
+    }
+    vfux_json_name_add(j, 0x80);
+    return true;
+}
+
+/* The four digits of a \u escape */
+static bool vfux_json_hex4(vfux_json *j, uint32_t *code)
+{
+    *code = 0;
+    for (int i = 0; i < 4; i++) {
+        if (!vfux_json_more(j)) {
+            return false;
+        }
+        uint8_t c = *j->at++;
+        uint8_t letter = (uint8_t)(c | 0x20);
+        if (c >= '0' && c <= '9') {
+            *code = *code << 4 | (uint32_t)(c - '0');
+        } else if (letter >= 'a' && letter <= 'f') {
+            *code = *code << 4 | (uint32_t)(letter - 'a' + 10);
+        } else {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* What follows a backslash. Surrogates must come as a pair: half of one has no UTF-8. */
+static bool vfux_json_escape(vfux_json *j)
+{
+    static const char plain[] = "\"\\/bfnrt";
+    static const char means[] = "\"\\/\b\f\n\r\t";
+    uint32_t code;
+    uint32_t second;
+
+    if (vfux_json_take(j, 'u')) {
+        if (!vfux_json_hex4(j, &code) || (code >= 0xdc00 && code <= 0xdfff)) {
+            return false;
+        }
+        if (code >= 0xd800 && code <= 0xdbff &&
+            (!vfux_json_word(j, "\\u") || !vfux_json_hex4(j, &second) || second < 0xdc00 || second > 0xdfff)) {
+            return false;
+        }
+        vfux_json_name_add(j, code);
+        return true;
+    }
+    for (size_t i = 0; plain[i] != '\0'; i++) {
+        if (vfux_json_take(j, (uint8_t)plain[i])) {
+            vfux_json_name_add(j, (uint8_t)means[i]);
+            return true;
+        }
+    }
+    return false;
+}
+
+/* A string with its quotes, whose beginning is left in j->name */
+static bool vfux_json_string(vfux_json *j)
+{
+    j->name_len = 0;
+    if (!vfux_json_take(j, '"')) {
+        return false;
+    }
+    while (vfux_json_more(j)) {
+        uint8_t c = *j->at;
+        if (c == '"') {
+            j->at++;
+            return true;
+        }
+        if (c < 0x20) {
+            return false;
+        }
+        if (c >= 0x80) {
+            if (!vfux_json_utf8(j)) {
+                return false;
+            }
+            continue;
+        }
+        j->at++;
+        if (c != '\\') {
+            vfux_json_name_add(j, c);
+        } else if (!vfux_json_escape(j)) {
+            return false;
+        }
+    }
+    return false;
+}
+
+/* A number. *plain says whether it is an integer without sign, fraction or exponent that fits *value. */
+static bool vfux_json_number(vfux_json *j, uint64_t *value, bool *plain)
+{
+    *value = 0;
+    *plain = !vfux_json_take(j, '-');
+    if (!vfux_json_digit(j)) {
+        return false;
+    }
+    if (!vfux_json_take(j, '0')) {
+        while (vfux_json_digit(j)) {
+            uint64_t digit = (uint64_t)(*j->at++ - '0');
+            if (*value > (UINT64_MAX - digit) / 10) {
+                *plain = false;
+            }
+            *value = *value * 10 + digit; /* may wrap, after which plain is false */
+        }
+    }
+    if (vfux_json_take(j, '.')) {
+        *plain = false;
+        if (!vfux_json_digit(j)) {
+            return false;
+        }
+        while (vfux_json_digit(j)) {
+            j->at++;
+        }
+    }
+    if (vfux_json_take(j, 'e') || vfux_json_take(j, 'E')) {
+        *plain = false;
+        if (!vfux_json_take(j, '+')) {
+            (void)vfux_json_take(j, '-');
+        }
+        if (!vfux_json_digit(j)) {
+            return false;
+        }
+        while (vfux_json_digit(j)) {
+            j->at++;
+        }
+    }
+    return true;
+}
+
+/* A known object begins. It replaces an earlier one of the same name as a whole. */
+static void vfux_caps_enter(vfu_caps *caps, vfux_json_place place)
+{
+    vfu_caps defaults;
+
+    vfu_caps_defaults(&defaults);
+    switch (place) {
+    case VFUX_JSON_CAPS:
+        *caps = defaults;
+        break;
+    case VFUX_JSON_TWIN:
+        caps->present |= VFU_CAPS_TWIN_SOCKET;
+        caps->twin_socket = false;
+        caps->twin_fd_index = -1;
+        break;
+    case VFUX_JSON_MIGRATION:
+        caps->present |= VFU_CAPS_MIGRATION;
+        caps->migration = true;
+        caps->migration_pgsize = defaults.migration_pgsize;
+        break;
+    default:
+        break;
+    }
+}
+
+/* False if the value is out of the field's range */
+static bool vfux_caps_number(vfu_caps *caps, vfux_json_place place, uint64_t value)
+{
+    switch (place) {
+    case VFUX_JSON_MSG_FDS:
+        caps->present |= VFU_CAPS_MAX_MSG_FDS;
+        caps->max_msg_fds = (uint32_t)value;
+        return value <= UINT32_MAX;
+    case VFUX_JSON_XFER:
+        caps->present |= VFU_CAPS_MAX_DATA_XFER_SIZE;
+        caps->max_data_xfer_size = value;
+        return true;
+    case VFUX_JSON_DMA_MAPS:
+        caps->present |= VFU_CAPS_MAX_DMA_MAPS;
+        caps->max_dma_maps = (uint32_t)value;
+        return value <= UINT32_MAX;
+    case VFUX_JSON_PGSIZES:
+        caps->present |= VFU_CAPS_PGSIZES;
+        caps->pgsizes = value;
+        return true;
+    case VFUX_JSON_TWIN_INDEX:
+        caps->twin_fd_index = (int32_t)(value & INT32_MAX);
+        return value <= INT32_MAX;
+    case VFUX_JSON_MIG_PGSIZE:
+        caps->migration_pgsize = value;
+        return true;
+    default:
+        return true;
+    }
+}
+
+static void vfux_caps_boolean(vfu_caps *caps, vfux_json_place place, bool value)
+{
+    if (place == VFUX_JSON_WRITE_MULTIPLE) {
+        caps->present |= VFU_CAPS_WRITE_MULTIPLE;
+        caps->write_multiple = value;
+    } else if (place == VFUX_JSON_TWIN_SUPPORTED) {
+        caps->twin_socket = value;
+    }
+}
+
+/* The value of a known name has to be of its kind: from first to below end are the places where this kind belongs. */
+static void vfux_json_expect(vfux_json *j, vfux_json_place place, vfux_json_place first, vfux_json_place end)
+{
+    if (place != VFUX_JSON_UNKNOWN && (place < first || place >= end)) {
+        j->mismatch = true;
+    }
+}
+
+/* A value that is no container */
+static bool vfux_json_scalar(vfux_json *j, vfux_json_place place)
+{
+    uint64_t value;
+    bool plain;
+    uint8_t c = *j->at;
+
+    if (c == '"') {
+        vfux_json_expect(j, place, VFUX_JSON_UNKNOWN, VFUX_JSON_UNKNOWN);
+        return vfux_json_string(j);
+    }
+    if (c == '-' || vfux_json_digit(j)) {
+        if (!vfux_json_number(j, &value, &plain)) {
+            return false;
+        }
+        vfux_json_expect(j, place, VFUX_JSON_OBJECTS, VFUX_JSON_NUMBERS);
+        if (place != VFUX_JSON_UNKNOWN && (!plain || !vfux_caps_number(j->caps, place, value))) {
+            j->mismatch = true;
+        }
+        return true;
+    }
+    if (c == 't' || c == 'f') {
+        vfux_json_expect(j, place, VFUX_JSON_NUMBERS, VFUX_JSON_BOOLEANS);
+        vfux_caps_boolean(j->caps, place, c == 't');
+        return vfux_json_word(j, c == 't' ? "true" : "false");
+    }
+    vfux_json_expect(j, place, VFUX_JSON_UNKNOWN, VFUX_JSON_UNKNOWN);
+    return vfux_json_word(j, "null");
+}
+
+static vfux_json_place vfux_json_lookup(const vfux_json *j)
+{
+    for (size_t i = 0; i < VFUX_COUNT(vfux_json_names); i++) {
+        const vfux_json_name *known = &vfux_json_names[i];
+        if (known->parent == j->stack[j->depth - 1] && strlen(known->name) == j->name_len &&
+            memcmp(known->name, j->name, j->name_len) == 0) {
+            return (vfux_json_place)known->place;
+        }
+    }
+    return VFUX_JSON_UNKNOWN;
+}
+
+/* A member's name and its colon, in the object on top of the stack */
+static bool vfux_json_member(vfux_json *j, vfux_json_place *place)
+{
+    vfux_json_space(j);
+    if (!vfux_json_string(j)) {
+        return false;
+    }
+    *place = vfux_json_lookup(j);
+    vfux_json_space(j);
+    return vfux_json_take(j, ':');
+}
+
+static bool vfux_json_open(vfux_json *j, vfux_json_place place, bool array)
+{
+    if (j->depth == VFU_CAPS_DEPTH_MAX) {
+        return false;
+    }
+    j->at++;
+    if (array) {
+        vfux_json_expect(j, place, VFUX_JSON_UNKNOWN, VFUX_JSON_UNKNOWN);
+        j->stack[j->depth++] = VFUX_JSON_ARRAY;
+    } else {
+        vfux_json_expect(j, place, VFUX_JSON_TOP, VFUX_JSON_OBJECTS);
+        vfux_caps_enter(j->caps, place);
+        j->stack[j->depth++] = (uint8_t)place;
+    }
+    return true;
+}
+
+/* After a value: closes what ends here, and steps to the next value, whose place is left in *place. *done is set at the end. */
+static bool vfux_json_next(vfux_json *j, vfux_json_place *place, bool *done)
+{
+    while (j->depth > 0) {
+        bool array = j->stack[j->depth - 1] == VFUX_JSON_ARRAY;
+        vfux_json_space(j);
+        if (vfux_json_take(j, ',')) {
+            *place = VFUX_JSON_UNKNOWN;
+            return array || vfux_json_member(j, place);
+        }
+        if (!vfux_json_take(j, array ? ']' : '}')) {
+            return false;
+        }
+        j->depth--;
+    }
+    vfux_json_space(j);
+    *done = true;
+    return !vfux_json_more(j);
+}
+
+/* The whole text. Each turn takes one value, or opens one container and goes on to its first value. */
+static bool vfux_json_document(vfux_json *j)
+{
+    vfux_json_place place = VFUX_JSON_TOP;
+    bool done = false;
+
+    while (!done) {
+        vfux_json_space(j);
+        if (!vfux_json_more(j)) {
+            return false;
+        }
+        uint8_t c = *j->at;
+        if (c == '{' || c == '[') {
+            if (!vfux_json_open(j, place, c == '[')) {
+                return false;
+            }
+            vfux_json_space(j);
+            if (!vfux_json_more(j)) {
+                return false;
+            }
+            if (*j->at != (c == '[' ? ']' : '}')) {
+                place = VFUX_JSON_UNKNOWN;
+                if (c == '{' && !vfux_json_member(j, &place)) {
+                    return false;
+                }
+                continue;
+            }
+        } else if (!vfux_json_scalar(j, place)) {
+            return false;
+        }
+        if (!vfux_json_next(j, &place, &done)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+VFU_API int vfu_caps_parse(const char *json, size_t len, vfu_caps *out)
+{
+    vfux_json j;
+    vfu_caps caps;
+    size_t n = 0;
+
+    vfu_caps_defaults(out);
+    while (json != NULL && n < len && json[n] != '\0') {
+        if (++n > VFU_CAPS_JSON_MAX) {
+            return -EMSGSIZE;
+        }
+    }
+    if (n == 0) {
+        return 0;
+    }
+    vfu_caps_defaults(&caps);
+    memset(&j, 0, sizeof j);
+    j.at = (const uint8_t *)json;
+    j.end = j.at + n;
+    j.caps = &caps;
+    if (!vfux_json_document(&j)) {
+        return -EBADMSG;
+    }
+    if (j.mismatch) {
+        return -EINVAL;
+    }
+    *out = caps;
+    return 0;
+}
+
+/* Starts a member: a comma between two, then its quoted name */
+static void vfux_caps_name(vfux_text *t, bool *first, const char *name)
+{
+    vfux_text_add(t, *first ? "\"" : ",\"");
+    vfux_text_add(t, name);
+    vfux_text_add(t, "\":");
+    *first = false;
+}
+
+VFU_API int vfu_caps_write(const vfu_caps *caps, char *out, size_t cap)
+{
+    vfux_text t = {out, cap, 0};
+    bool first = true;
+    uint32_t present = caps->present;
+
+    if ((present & ~0x7fu) != 0) {
+        return -EINVAL;
+    }
+    vfux_text_add(&t, "{\"capabilities\":{");
+    if ((present & VFU_CAPS_MAX_MSG_FDS) != 0) {
+        vfux_caps_name(&t, &first, "max_msg_fds");
+        vfux_text_dec(&t, "", caps->max_msg_fds);
+    }
+    if ((present & VFU_CAPS_MAX_DATA_XFER_SIZE) != 0) {
+        vfux_caps_name(&t, &first, "max_data_xfer_size");
+        vfux_text_dec(&t, "", caps->max_data_xfer_size);
+    }
+    if ((present & VFU_CAPS_MAX_DMA_MAPS) != 0) {
+        vfux_caps_name(&t, &first, "max_dma_maps");
+        vfux_text_dec(&t, "", caps->max_dma_maps);
+    }
+    if ((present & VFU_CAPS_PGSIZES) != 0) {
+        vfux_caps_name(&t, &first, "pgsizes");
+        vfux_text_dec(&t, "", caps->pgsizes);
+    }
+    if ((present & VFU_CAPS_TWIN_SOCKET) != 0) {
+        vfux_caps_name(&t, &first, "twin_socket");
+        vfux_text_add(&t, caps->twin_socket ? "{\"supported\":true" : "{\"supported\":false");
+        if (caps->twin_fd_index >= 0) {
+            vfux_text_dec(&t, ",\"fd_index\":", (uint64_t)caps->twin_fd_index);
+        }
+        vfux_text_add(&t, "}");
+    }
+    if ((present & VFU_CAPS_WRITE_MULTIPLE) != 0) {
+        vfux_caps_name(&t, &first, "write_multiple");
+        vfux_text_add(&t, caps->write_multiple ? "true" : "false");
+    }
+    if ((present & VFU_CAPS_MIGRATION) != 0) {
+        vfux_caps_name(&t, &first, "migration");
+        vfux_text_dec(&t, "{\"pgsize\":", caps->migration_pgsize);
+        vfux_text_add(&t, "}");
+    }
+    vfux_text_bytes(&t, "}}", 3); /* with the NUL */
+    return t.len <= cap ? (int)t.len : -EMSGSIZE;
+}
+
+/*
+ * ==== codec ================================================================================================================
+ */
+
+VFU_API void vfu_msg_init(vfu_msg *msg, uint16_t id, uint16_t cmd)
+{
+    memset(msg, 0, sizeof *msg);
+    msg->id = id;
+    msg->cmd = cmd;
+}
+
+VFU_API void vfu_msg_init_reply(vfu_msg *reply, const vfu_msg *command, int error)
+{
+    uint16_t id = command->id;
+    uint16_t cmd = command->cmd;
+
+    vfu_msg_init(reply, id, cmd);
+    reply->flags = VFU_HDR_REPLY;
+    if (error != 0) {
+        reply->flags |= VFU_HDR_ERROR;
+        reply->error = error < 0 ? 0u - (uint32_t)error : (uint32_t)error;
+    }
+}
+
+VFU_API int vfu_msg_size(const void *bytes, size_t len, uint32_t max, uint32_t *size)
+{
+    vfu_wire_header h;
+
+    if (len < VFU_HDR_SIZE) {
+        return -EAGAIN;
+    }
+    memcpy(&h, bytes, sizeof h);
+    if (h.size < VFU_HDR_SIZE || h.size > max) {
+        return -EBADMSG;
+    }
+    *size = h.size;
+    return 0;
+}
+
+/* A message of this command, in this direction, whose union is filled */
+static bool vfux_msg_is(const vfu_msg *msg, uint16_t cmd, bool reply)
+{
+    return msg->cmd == cmd && vfu_msg_is_reply(msg) == reply && !vfu_msg_is_error(msg);
+}
+
+static bool vfux_one_bit(uint32_t bits)
+{
+    return bits != 0 && (bits & (bits - 1)) == 0;
+}
+
+static bool vfux_irq_set_valid(uint32_t flags, uint32_t start, uint32_t count)
+{
+    return vfux_one_bit(flags & VFU_IRQ_SET_DATA_BITS) && vfux_one_bit(flags & VFU_IRQ_SET_ACTION_BITS) &&
+           (flags & ~(VFU_IRQ_SET_DATA_BITS | VFU_IRQ_SET_ACTION_BITS)) == 0 && count <= UINT32_MAX - start;
+}
+
+static bool vfux_feature_flags_valid(uint32_t flags)
+{
+    uint32_t what = flags & ~VFU_FEATURE_INDEX_MASK;
+
+    if ((what & ~(VFU_FEATURE_GET | VFU_FEATURE_SET | VFU_FEATURE_PROBE)) != 0 || what == 0) {
+        return false;
+    }
+    return (what & VFU_FEATURE_PROBE) != 0 || what != (VFU_FEATURE_GET | VFU_FEATURE_SET);
+}
+
+/*
+ * A capability chain in data, which stands at 32 of a region info struct. Reads the capability at offset into *cap, with
+ * cap->next the offset of the following one, or UINT32_MAX behind the last.
+ * Offsets must grow, by a header at least, so a walk ends after data_len / 8 steps at most.
+ *   0        there is none: the chain ends, or it goes on where data doesn't reach
+ *   1        *cap is valid
+ *   -EINVAL  the chain is broken: it goes back, or a capability that ends in data is too short for its own contents
+ */
+static int vfux_cap_read(const uint8_t *data, uint32_t data_len, uint32_t offset, vfu_region_cap *cap)
+{
+    const uint32_t base = (uint32_t)sizeof(vfu_wire_region_info);
+    vfu_wire_cap_header h;
+    uint32_t at;
+    uint32_t room;
+
+    if (offset < base) {
+        return -EINVAL;
+    }
+    at = offset - base;
+    if (at > data_len || data_len - at < sizeof h) {
+        return 0;
+    }
+    memcpy(&h, data + at, sizeof h);
+    if (h.next != 0 && (h.next < offset || h.next - offset < sizeof h)) {
+        return -EINVAL;
+    }
+    room = data_len - at;
+    if (h.next != 0 && h.next - offset < room) {
+        room = h.next - offset;
+    }
+    cap->id = h.id;
+    cap->version = h.version;
+    cap->data = data + at + sizeof h;
+    cap->data_len = room - (uint32_t)sizeof h;
+    cap->next = h.next != 0 ? h.next : UINT32_MAX;
+    return 1;
+}
+
+/* Whether a capability of a kind that we know is as long as it says; others are whatever they are. */
+static bool vfux_cap_complete(const vfu_region_cap *cap)
+{
+    uint32_t areas;
+    vfu_wire_cap_type type;
+
+    switch (cap->id) {
+    case VFU_REGION_CAP_SPARSE_MMAP:
+        return vfu_region_cap_areas(cap, &areas) == 0;
+    case VFU_REGION_CAP_TYPE:
+        return vfu_region_cap_type(cap, &type) == 0;
+    default:
+        return true;
+    }
+}
+
+/* Walks a whole chain. A reply that says that it is cut may end anywhere, a complete one must end properly. */
+static int vfux_cap_check(const uint8_t *data, uint32_t data_len, uint32_t cap_offset, bool truncated)
+{
+    vfu_region_cap cap = {0, 0, NULL, 0, 0};
+    uint32_t offset = cap_offset;
+
+    if (offset == 0) {
+        return 0;
+    }
+    while (offset != UINT32_MAX) {
+        int rc = vfux_cap_read(data, data_len, offset, &cap);
+        if (rc < 0) {
+            return rc;
+        }
+        if (rc == 0 || !vfux_cap_complete(&cap)) {
+            return truncated ? 0 : -EINVAL;
+        }
+        offset = cap.next;
+    }
+    return 0;
+}
+
+/* Whether count entries of equal size, at least 40, make up data_len; none at all is a reply that is cut. */
+static bool vfux_sub_regions_valid(uint32_t argsz, uint32_t count, uint32_t data_len)
+{
+    if (count == 0) {
+        return data_len == 0;
+    }
+    if (data_len == 0) {
+        return argsz > sizeof(vfu_wire_region_io_fds);
+    }
+    return data_len % count == 0 && data_len / count >= sizeof(vfu_wire_sub_region);
+}
+
+static bool vfux_writes_valid(const uint8_t *data, uint64_t count)
+{
+    vfu_wire_write_one one;
+
+    for (uint64_t i = 0; i < count; i++) {
+        memcpy(&one, data + (size_t)i * sizeof one, sizeof one);
+        if (one.count > sizeof one.data) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static bool vfux_all_zero(const uint8_t *p, uint32_t n)
+{
+    while (n > 0 && *p == 0) {
+        p++;
+        n--;
+    }
+    return n == 0;
+}
+
+/* The bytes behind the header while they are being decoded */
+typedef struct vfux_payload {
+    const uint8_t *p;
+    uint32_t n;
+} vfux_payload;
+
+/* Copies the fixed part; false if the payload is shorter than that */
+static bool vfux_fixed(const vfux_payload *in, void *fixed, uint32_t size)
+{
+    if (in->n < size) {
+        return false;
+    }
+    memcpy(fixed, in->p, size);
+    return true;
+}
+
+static int vfux_decode_version(const vfux_payload *in, vfu_msg *m)
+{
+    vfu_wire_version w;
+    const uint32_t size = (uint32_t)sizeof w;
+    uint32_t n = size;
+
+    if (!vfux_fixed(in, &w, size)) {
+        return -EINVAL;
+    }
+    while (n < in->n && in->p[n] != 0) {
+        n++;
+    }
+    if (!vfux_all_zero(in->p + n, in->n - n)) {
+        return -EINVAL;
+    }
+    m->u.version.major = w.major;
+    m->u.version.minor = w.minor;
+    m->u.version.json = n > size ? (const char *)in->p + size : NULL;
+    m->u.version.json_len = n - size;
+    return 0;
+}
+
+static int vfux_decode_dma_map(const vfux_payload *in, vfu_msg *m)
+{
+    vfu_wire_dma_map w;
+
+    if (in->n != sizeof w || !vfux_fixed(in, &w, sizeof w)) {
+        return -EINVAL;
+    }
+    m->u.dma_map.argsz = w.argsz;
+    m->u.dma_map.flags = w.flags;
+    m->u.dma_map.offset = w.offset;
+    m->u.dma_map.address = w.address;
+    m->u.dma_map.size = w.size;
+    return 0;
+}
+
+/* Whether rest bytes may follow the fixed part of DMA_UNMAP. A reply without the bitmap that was asked for has none. */
+static bool vfux_unmap_rest_valid(uint32_t flags, bool reply, uint32_t rest)
+{
+    if ((flags & VFU_DMA_UNMAP_GET_DIRTY_BITMAP) == 0) {
+        return rest == 0;
+    }
+    return rest >= 16 || (reply && rest == 0);
+}
+
+static int vfux_decode_dma_unmap(const vfux_payload *in, bool reply, vfu_msg *m)
+{
+    vfu_wire_dma_unmap w;
+    const uint32_t size = (uint32_t)sizeof w;
+
+    if (!vfux_fixed(in, &w, size) || !vfux_unmap_rest_valid(w.flags, reply, in->n - size)) {
+        return -EINVAL;
+    }
+    m->u.dma_unmap.argsz = w.argsz;
+    m->u.dma_unmap.flags = w.flags;
+    m->u.dma_unmap.address = w.address;
+    m->u.dma_unmap.size = w.size;
+    m->u.dma_unmap.data = in->p + size;
+    m->u.dma_unmap.data_len = in->n - size;
+    return 0;
+}
+
+static int vfux_decode_device_info(const vfux_payload *in, vfu_msg *m)
+{
+    vfu_wire_device_info w;
+
+    if (!vfux_fixed(in, &w, sizeof w)) {
+        return -EINVAL;
+    }
+    m->u.device_info.argsz = w.argsz;
+    m->u.device_info.flags = w.flags;
+    m->u.device_info.num_regions = w.num_regions;
+    m->u.device_info.num_irqs = w.num_irqs;
+    return 0;
+}
+
+static int vfux_decode_region_info(const vfux_payload *in, bool reply, vfu_msg *m)
+{
+    vfu_wire_region_info w;
+    const uint32_t size = (uint32_t)sizeof w;
+    bool truncated;
+
+    if (!vfux_fixed(in, &w, size)) {
+        return -EINVAL;
+    }
+    truncated = reply && w.argsz > in->n;
+    if (reply && (w.flags & VFU_REGION_INFO_CAPS) != 0) {
+        if (vfux_cap_check(in->p + size, in->n - size, w.cap_offset, truncated) < 0) {
+            return -EINVAL;
+        }
+        m->u.region_info.data = in->p + size;
+        m->u.region_info.data_len = in->n - size;
+    }
+    m->u.region_info.argsz = w.argsz;
+    m->u.region_info.flags = w.flags;
+    m->u.region_info.index = w.index;
+    m->u.region_info.cap_offset = w.cap_offset;
+    m->u.region_info.size = w.size;
+    m->u.region_info.offset = w.offset;
+    m->u.region_info.truncated = truncated;
+    return 0;
+}
+
+static int vfux_decode_region_io_fds(const vfux_payload *in, bool reply, vfu_msg *m)
+{
+    vfu_wire_region_io_fds w;
+    const uint32_t size = (uint32_t)sizeof w;
+    uint32_t rest;
+
+    if (!vfux_fixed(in, &w, size)) {
+        return -EINVAL;
+    }
+    rest = reply && w.count != 0 ? in->n - size : 0;
+    if (reply && !vfux_sub_regions_valid(w.argsz, w.count, rest)) {
+        return -EINVAL;
+    }
+    m->u.region_io_fds.argsz = w.argsz;
+    m->u.region_io_fds.flags = w.flags;
+    m->u.region_io_fds.index = w.index;
+    m->u.region_io_fds.count = w.count;
+    m->u.region_io_fds.data = rest != 0 ? in->p + size : NULL;
+    m->u.region_io_fds.data_len = rest;
+    m->u.region_io_fds.stride = rest != 0 ? rest / w.count : 0;
+    m->u.region_io_fds.truncated = reply && w.count != 0 && rest == 0;
+    return 0;
+}
+
+static int vfux_decode_irq_info(const vfux_payload *in, vfu_msg *m)
+{
+    vfu_wire_irq_info w;
+
+    if (!vfux_fixed(in, &w, sizeof w)) {
+        return -EINVAL;
+    }
+    m->u.irq_info.argsz = w.argsz;
+    m->u.irq_info.flags = w.flags;
+    m->u.irq_info.index = w.index;
+    m->u.irq_info.count = w.count;
+    return 0;
+}
+
+static int vfux_decode_irq_set(const vfux_payload *in, vfu_msg *m)
+{
+    vfu_wire_irq_set w;
+    const uint32_t size = (uint32_t)sizeof w;
+
+    if (!vfux_fixed(in, &w, size) || !vfux_irq_set_valid(w.flags, w.start, w.count)) {
+        return -EINVAL;
+    }
+    if ((w.flags & VFU_IRQ_SET_DATA_BOOL) != 0) {
+        if (in->n - size < w.count) {
+            return -EINVAL;
+        }
+        m->u.irq_set.data = in->p + size;
+        m->u.irq_set.data_len = w.count;
+    }
+    m->u.irq_set.argsz = w.argsz;
+    m->u.irq_set.flags = w.flags;
+    m->u.irq_set.index = w.index;
+    m->u.irq_set.start = w.start;
+    m->u.irq_set.count = w.count;
+    return 0;
+}
+
+static int vfux_decode_region(const vfux_payload *in, bool with_data, vfu_msg *m)
+{
+    vfu_wire_region_access w;
+    const uint32_t size = (uint32_t)sizeof w;
+
+    if (!vfux_fixed(in, &w, size) || in->n - size != (with_data ? w.count : 0)) {
+        return -EINVAL;
+    }
+    m->u.region.offset = w.offset;
+    m->u.region.region = w.region;
+    m->u.region.count = w.count;
+    m->u.region.data = with_data ? in->p + size : NULL;
+    m->u.region.data_len = in->n - size;
+    return 0;
+}
+
+/* DMA messages without data: the commands of reads, and the replies to writes in their three lengths */
+static int vfux_decode_dma_plain(const vfux_payload *in, bool reply, vfu_msg *m)
+{
+    vfu_wire_dma_access w = {0, 0};
+    uint32_t count;
+
+    if (reply) {
+        m->u.dma.ack_len = in->n;
+        if (in->n == 0) {
+            return 0;
+        }
+        if (in->n == 12) {
+            memcpy(&w.address, in->p, 8);
+            memcpy(&count, in->p + 8, 4);
+            m->u.dma.address = w.address;
+            m->u.dma.count = count;
+            return 0;
+        }
+    }
+    if (in->n != sizeof w || !vfux_fixed(in, &w, sizeof w)) {
+        return -EINVAL;
+    }
+    m->u.dma.address = w.address;
+    m->u.dma.count = w.count;
+    return 0;
+}
+
+/*
+ * DMA messages with data: the commands of writes and the replies to reads.
+ *
+ *     payload:  0        8        12       16
+ *     by the book  address  count (64 bits)  data ...
+ *     legacy       address  count   data ...            0 0 0 0
+ *
+ * Both have the same length. Without its padding the legacy form is taken only where it is expected: a reply by the book that lost
+ * its last four bytes looks the same.
+ */
+static int vfux_decode_dma_data(const vfux_payload *in, vfu_dma_layout layout, bool reply, vfu_msg *m)
+{
+    vfu_wire_dma_access w;
+    const uint32_t size = (uint32_t)sizeof w; /* of the fixed part by the book */
+    uint32_t count;
+    bool spec;
+    bool legacy;
+
+    if (!vfux_fixed(in, &w, size)) {
+        return -EINVAL;
+    }
+    memcpy(&count, in->p + 8, sizeof count);
+    spec = w.count == in->n - size && layout != VFU_DMA_LAYOUT_QEMU10;
+    legacy = count == in->n - size && layout != VFU_DMA_LAYOUT_SPEC;
+    if (layout == VFU_DMA_LAYOUT_AUTO) {
+        legacy = legacy && reply && vfux_all_zero(in->p + in->n - 4, 4);
+    } else if (layout == VFU_DMA_LAYOUT_QEMU10) {
+        legacy = legacy || count == in->n - 12;
+    }
+    if (!spec && !legacy) {
+        return -EINVAL;
+    }
+    if (spec && legacy && !vfux_all_zero(in->p + size, in->n - size)) {
+        return -EINVAL; /* either reading is possible, and they differ */
+    }
+    m->u.dma.address = w.address;
+    m->u.dma.legacy = !spec;
+    m->u.dma.proven = reply && layout == VFU_DMA_LAYOUT_AUTO && spec != legacy;
+    m->u.dma.count = spec ? w.count : count;
+    m->u.dma.data = in->p + (spec ? size : 12);
+    m->u.dma.data_len = spec ? in->n - size : count;
+    return 0;
+}
+
+static int vfux_decode_write_multi(const vfux_payload *in, bool reply, vfu_msg *m)
+{
+    vfu_wire_write_multi w;
+    const uint32_t size = (uint32_t)sizeof w;
+    const uint32_t entry = (uint32_t)sizeof(vfu_wire_write_one);
+    uint32_t rest;
+
+    if (!vfux_fixed(in, &w, size)) {
+        return -EINVAL;
+    }
+    rest = in->n - size;
+    if (reply ? rest != 0 : rest % entry != 0 || w.count != rest / entry) {
+        return -EINVAL;
+    }
+    if (!reply && !vfux_writes_valid(in->p + size, w.count)) {
+        return -EINVAL;
+    }
+    m->u.write_multi.count = w.count;
+    m->u.write_multi.data = reply ? NULL : in->p + size;
+    m->u.write_multi.data_len = rest;
+    return 0;
+}
+
+static int vfux_decode_feature(const vfux_payload *in, bool reply, vfu_msg *m)
+{
+    vfu_wire_feature w;
+    const uint32_t size = (uint32_t)sizeof w;
+
+    if (!vfux_fixed(in, &w, size) || (!reply && !vfux_feature_flags_valid(w.flags))) {
+        return -EINVAL;
+    }
+    m->u.feature.argsz = w.argsz;
+    m->u.feature.flags = w.flags;
+    m->u.feature.data = in->p + size;
+    m->u.feature.data_len = in->n - size;
+    return 0;
+}
+
+static int vfux_decode_mig_data(const vfux_payload *in, bool with_data, vfu_msg *m)
+{
+    vfu_wire_mig_data w;
+    const uint32_t size = (uint32_t)sizeof w;
+
+    if (!vfux_fixed(in, &w, size) || in->n - size != (with_data ? w.size : 0)) {
+        return -EINVAL;
+    }
+    m->u.mig_data.argsz = w.argsz;
+    m->u.mig_data.size = w.size;
+    m->u.mig_data.data = with_data ? in->p + size : NULL;
+    m->u.mig_data.data_len = in->n - size;
+    return 0;
+}
+
+static int vfux_decode_payload(const vfux_payload *in, vfu_dma_layout layout, vfu_msg *m)
+{
+    bool reply = vfu_msg_is_reply(m);
+
+    switch (m->cmd) {
+    case VFU_CMD_VERSION:
+        return vfux_decode_version(in, m);
+    case VFU_CMD_DMA_MAP:
+        return reply ? 0 : vfux_decode_dma_map(in, m);
+    case VFU_CMD_DMA_UNMAP:
+        return vfux_decode_dma_unmap(in, reply, m);
+    case VFU_CMD_DEVICE_GET_INFO:
+        return vfux_decode_device_info(in, m);
+    case VFU_CMD_DEVICE_GET_REGION_INFO:
+        return vfux_decode_region_info(in, reply, m);
+    case VFU_CMD_DEVICE_GET_REGION_IO_FDS:
+        return vfux_decode_region_io_fds(in, reply, m);
+    case VFU_CMD_DEVICE_GET_IRQ_INFO:
+        return vfux_decode_irq_info(in, m);
+    case VFU_CMD_DEVICE_SET_IRQS:
+        return reply ? 0 : vfux_decode_irq_set(in, m);
+    case VFU_CMD_REGION_READ:
+        return vfux_decode_region(in, reply, m);
+    case VFU_CMD_REGION_WRITE:
+        return vfux_decode_region(in, !reply, m);
+    case VFU_CMD_DMA_READ:
+        return reply ? vfux_decode_dma_data(in, layout, true, m) : vfux_decode_dma_plain(in, false, m);
+    case VFU_CMD_DMA_WRITE:
+        return reply ? vfux_decode_dma_plain(in, true, m) : vfux_decode_dma_data(in, layout, false, m);
+    case VFU_CMD_DEVICE_RESET:
+        return reply || in->n == 0 ? 0 : -EINVAL;
+    case VFU_CMD_REGION_WRITE_MULTI:
+        return vfux_decode_write_multi(in, reply, m);
+    case VFU_CMD_DEVICE_FEATURE:
+        return vfux_decode_feature(in, reply, m);
+    case VFU_CMD_MIG_DATA_READ:
+        return vfux_decode_mig_data(in, reply, m);
+    case VFU_CMD_MIG_DATA_WRITE:
+        return reply ? 0 : vfux_decode_mig_data(in, true, m);
+    default:
+        return -ENOSYS;
+    }
+}
+
+static bool vfux_cmd_known(uint16_t cmd)
+{
+    return vfux_name(vfux_cmd_names, VFUX_COUNT(vfux_cmd_names), cmd) != NULL;
+}
+
+VFU_API int vfu_msg_decode_dma(const void *bytes, size_t len, vfu_dma_layout layout, vfu_msg *out)
+{
+    vfu_wire_header h;
+    vfux_payload in;
+    int rc;
+
+    memset(out, 0, sizeof *out);
+    if (len < sizeof h) {
+        return -EBADMSG;
+    }
+    memcpy(&h, bytes, sizeof h);
+    out->id = h.id;
+    out->cmd = h.cmd;
+    out->flags = h.flags;
+    out->error = h.error;
+    if (h.size != len || (h.flags & VFU_HDR_TYPE_MASK) > VFU_HDR_REPLY) {
+        return -EBADMSG;
+    }
+    if (!vfux_cmd_known(h.cmd)) {
+        return -ENOSYS;
+    }
+    if (vfu_msg_is_error(out)) {
+        return 0;
+    }
+    in.p = (const uint8_t *)bytes + sizeof h;
+    in.n = h.size - (uint32_t)sizeof h;
+    rc = vfux_decode_payload(&in, layout, out);
+    if (rc < 0) {
+        memset(&out->u, 0, sizeof out->u);
+    }
+    return rc;
+}
+
+VFU_API int vfu_msg_decode(const void *bytes, size_t len, vfu_msg *out)
+{
+    return vfu_msg_decode_dma(bytes, len, VFU_DMA_LAYOUT_AUTO, out);
+}
+
+/* A message while it is being encoded: the bytes before its data, the data, and zeros behind it */
+typedef struct vfux_frame {
+    uint8_t head[VFU_MSG_HEAD_MAX];
+    uint32_t head_len;
+    const void *tail;
+    uint32_t tail_len;
+    uint32_t pad;
+} vfux_frame;
+
+static void vfux_put(vfux_frame *f, const void *bytes, uint32_t n)
+{
+    memcpy(f->head + f->head_len, bytes, n);
+    f->head_len += n;
+}
+
+static void vfux_tail(vfux_frame *f, const void *data, uint32_t n)
+{
+    f->tail = data;
+    f->tail_len = n;
+}
+
+/* Data is there exactly where it belongs, and as much of it as count says. */
+static bool vfux_data_valid(bool with_data, uint64_t count, uint32_t data_len)
+{
+    return data_len == (with_data ? count : 0);
+}
+
+static int vfux_encode_version(const vfu_msg *m, vfux_frame *f)
+{
+    const vfu_wire_version w = {m->u.version.major, m->u.version.minor};
+    const char *json = m->u.version.json;
+
+    if (m->u.version.json_len != 0 && json == NULL) {
+        return -EINVAL;
+    }
+    for (uint32_t i = 0; i < m->u.version.json_len; i++) {
+        if (json[i] == '\0') {
+            return -EINVAL;
+        }
+    }
+    vfux_put(f, &w, sizeof w);
+    vfux_tail(f, json, m->u.version.json_len);
+    f->pad = m->u.version.json_len != 0 ? 1 : 0;
+    return 0;
+}
+
+static int vfux_encode_dma_map(const vfu_msg *m, vfux_frame *f)
+{
+    const vfu_wire_dma_map w = {m->u.dma_map.argsz, m->u.dma_map.flags, m->u.dma_map.offset, m->u.dma_map.address,
+                                m->u.dma_map.size};
+
+    vfux_put(f, &w, sizeof w);
+    return 0;
+}
+
+static int vfux_encode_dma_unmap(const vfu_msg *m, bool reply, vfux_frame *f)
+{
+    const vfu_wire_dma_unmap w = {m->u.dma_unmap.argsz, m->u.dma_unmap.flags, m->u.dma_unmap.address, m->u.dma_unmap.size};
+
+    if (!vfux_unmap_rest_valid(w.flags, reply, m->u.dma_unmap.data_len)) {
+        return -EINVAL;
+    }
+    vfux_put(f, &w, sizeof w);
+    vfux_tail(f, m->u.dma_unmap.data, m->u.dma_unmap.data_len);
+    return 0;
+}
+
+static int vfux_encode_device_info(const vfu_msg *m, vfux_frame *f)
+{
+    const vfu_wire_device_info w = {m->u.device_info.argsz, m->u.device_info.flags, m->u.device_info.num_regions,
+                                    m->u.device_info.num_irqs};
+
+    vfux_put(f, &w, sizeof w);
+    return 0;
+}
+
+static int vfux_encode_region_info(const vfu_msg *m, bool reply, vfux_frame *f)
+{
+    const vfu_wire_region_info w = {m->u.region_info.argsz,      m->u.region_info.flags, m->u.region_info.index,
+                                    m->u.region_info.cap_offset, m->u.region_info.size,  m->u.region_info.offset};
+    const uint32_t data_len = m->u.region_info.data_len;
+    const bool caps = reply && (w.flags & VFU_REGION_INFO_CAPS) != 0;
+
+    if (data_len != 0 && !caps) {
+        return -EINVAL;
+    }
+    vfux_put(f, &w, sizeof w);
+    vfux_tail(f, m->u.region_info.data, data_len);
+    return 0;
+}
+
+static int vfux_encode_region_io_fds(const vfu_msg *m, bool reply, vfux_frame *f)
+{
+    const vfu_wire_region_io_fds w = {m->u.region_io_fds.argsz, m->u.region_io_fds.flags, m->u.region_io_fds.index,
+                                      m->u.region_io_fds.count};
+    const uint32_t data_len = m->u.region_io_fds.data_len;
+
+    if (reply ? !vfux_sub_regions_valid(w.argsz, w.count, data_len) : data_len != 0) {
+        return -EINVAL;
+    }
+    vfux_put(f, &w, sizeof w);
+    vfux_tail(f, m->u.region_io_fds.data, data_len);
+    return 0;
+}
+
+static int vfux_encode_irq_info(const vfu_msg *m, vfux_frame *f)
+{
+    const vfu_wire_irq_info w = {m->u.irq_info.argsz, m->u.irq_info.flags, m->u.irq_info.index, m->u.irq_info.count};
+
+    vfux_put(f, &w, sizeof w);
+    return 0;
+}
+
+static int vfux_encode_irq_set(const vfu_msg *m, vfux_frame *f)
+{
+    const vfu_wire_irq_set w = {m->u.irq_set.argsz, m->u.irq_set.flags, m->u.irq_set.index, m->u.irq_set.start,
+                                m->u.irq_set.count};
+
+    if (!vfux_irq_set_valid(w.flags, w.start, w.count) ||
+        !vfux_data_valid((w.flags & VFU_IRQ_SET_DATA_BOOL) != 0, w.count, m->u.irq_set.data_len)) {
+        return -EINVAL;
+    }
+    vfux_put(f, &w, sizeof w);
+    vfux_tail(f, m->u.irq_set.data, m->u.irq_set.data_len);
+    return 0;
+}
+
+static int vfux_encode_region(const vfu_msg *m, bool with_data, vfux_frame *f)
+{
+    const vfu_wire_region_access w = {m->u.region.offset, m->u.region.region, m->u.region.count};
+
+    if (!vfux_data_valid(with_data, w.count, m->u.region.data_len)) {
+        return -EINVAL;
+    }
+    vfux_put(f, &w, sizeof w);
+    vfux_tail(f, m->u.region.data, m->u.region.data_len);
+    return 0;
+}
+
+/* The counterpart of vfux_decode_dma_plain */
+static int vfux_encode_dma_plain(const vfu_msg *m, bool reply, vfux_frame *f)
+{
+    const vfu_wire_dma_access w = {m->u.dma.address, m->u.dma.count};
+    const uint32_t count = (uint32_t)m->u.dma.count;
+
+    if (m->u.dma.data_len != 0 || m->u.dma.legacy) {
+        return -EINVAL;
+    }
+    if (!reply || m->u.dma.ack_len == sizeof w) {
+        vfux_put(f, &w, sizeof w);
+        return 0;
+    }
+    if (m->u.dma.ack_len == 12 && m->u.dma.count <= UINT32_MAX) {
+        vfux_put(f, &w.address, sizeof w.address);
+        vfux_put(f, &count, sizeof count);
+        return 0;
+    }
+    return m->u.dma.ack_len == 0 ? 0 : -EINVAL;
+}
+
+/* The counterpart of vfux_decode_dma_data. Without its padding the legacy form must still be as long as the fixed part. */
+static int vfux_encode_dma_data(const vfu_msg *m, bool whole, vfux_frame *f)
+{
+    const vfu_wire_dma_access w = {m->u.dma.address, m->u.dma.count};
+    const uint32_t count = (uint32_t)m->u.dma.count;
+
+    if (!vfux_data_valid(true, w.count, m->u.dma.data_len)) {
+        return -EINVAL;
+    }
+    if (!m->u.dma.legacy) {
+        vfux_put(f, &w, sizeof w);
+    } else if (whole || count >= 4) {
+        vfux_put(f, &w.address, sizeof w.address);
+        vfux_put(f, &count, sizeof count);
+        f->pad = whole ? 4 : 0;
+    } else {
+        return -EINVAL;
+    }
+    vfux_tail(f, m->u.dma.data, m->u.dma.data_len);
+    return 0;
+}
+
+static int vfux_encode_write_multi(const vfu_msg *m, bool reply, vfux_frame *f)
+{
+    const vfu_wire_write_multi w = {m->u.write_multi.count};
+    const uint32_t entry = (uint32_t)sizeof(vfu_wire_write_one);
+    const uint32_t data_len = m->u.write_multi.data_len;
+
+    if (reply ? data_len != 0 : data_len % entry != 0 || w.count != data_len / entry) {
+        return -EINVAL;
+    }
+    vfux_put(f, &w, sizeof w);
+    vfux_tail(f, m->u.write_multi.data, data_len);
+    return 0;
+}
+
+static int vfux_encode_feature(const vfu_msg *m, bool reply, vfux_frame *f)
+{
+    const vfu_wire_feature w = {m->u.feature.argsz, m->u.feature.flags};
+
+    if (!reply && !vfux_feature_flags_valid(w.flags)) {
+        return -EINVAL;
+    }
+    vfux_put(f, &w, sizeof w);
+    vfux_tail(f, m->u.feature.data, m->u.feature.data_len);
+    return 0;
+}
+
+static int vfux_encode_mig_data(const vfu_msg *m, bool with_data, vfux_frame *f)
+{
+    const vfu_wire_mig_data w = {m->u.mig_data.argsz, m->u.mig_data.size};
+
+    if (!vfux_data_valid(with_data, w.size, m->u.mig_data.data_len)) {
+        return -EINVAL;
+    }
+    vfux_put(f, &w, sizeof w);
+    vfux_tail(f, m->u.mig_data.data, m->u.mig_data.data_len);
+    return 0;
+}
+
+/* Everything but the header. whole says that the data, and padding, will follow in the same buffer. */
+static int vfux_encode_payload(const vfu_msg *m, bool whole, vfux_frame *f)
+{
+    bool reply = vfu_msg_is_reply(m);
+
+    switch (m->cmd) {
+    case VFU_CMD_VERSION:
+        return vfux_encode_version(m, f);
+    case VFU_CMD_DMA_MAP:
+        return reply ? 0 : vfux_encode_dma_map(m, f);
+    case VFU_CMD_DMA_UNMAP:
+        return vfux_encode_dma_unmap(m, reply, f);
+    case VFU_CMD_DEVICE_GET_INFO:
+        return vfux_encode_device_info(m, f);
+    case VFU_CMD_DEVICE_GET_REGION_INFO:
+        return vfux_encode_region_info(m, reply, f);
+    case VFU_CMD_DEVICE_GET_REGION_IO_FDS:
+        return vfux_encode_region_io_fds(m, reply, f);
+    case VFU_CMD_DEVICE_GET_IRQ_INFO:
+        return vfux_encode_irq_info(m, f);
+    case VFU_CMD_DEVICE_SET_IRQS:
+        return reply ? 0 : vfux_encode_irq_set(m, f);
+    case VFU_CMD_REGION_READ:
+        return vfux_encode_region(m, reply, f);
+    case VFU_CMD_REGION_WRITE:
+        return vfux_encode_region(m, !reply, f);
+    case VFU_CMD_DMA_READ:
+        return reply ? vfux_encode_dma_data(m, whole, f) : vfux_encode_dma_plain(m, false, f);
+    case VFU_CMD_DMA_WRITE:
+        return reply ? vfux_encode_dma_plain(m, true, f) : vfux_encode_dma_data(m, whole, f);
+    case VFU_CMD_DEVICE_RESET:
+        return 0;
+    case VFU_CMD_REGION_WRITE_MULTI:
+        return vfux_encode_write_multi(m, reply, f);
+    case VFU_CMD_DEVICE_FEATURE:
+        return vfux_encode_feature(m, reply, f);
+    case VFU_CMD_MIG_DATA_READ:
+        return vfux_encode_mig_data(m, reply, f);
+    case VFU_CMD_MIG_DATA_WRITE:
+        return reply ? 0 : vfux_encode_mig_data(m, true, f);
+    default:
+        return -EINVAL;
+    }
+}
+
+/* Fills the frame, header included, with the size of the whole message in *size */
+static int vfux_encode(const vfu_msg *m, bool whole, vfux_frame *f, uint64_t *size)
+{
+    vfu_wire_header h = {m->id, m->cmd, 0, m->flags, m->error};
+
+    f->head_len = (uint32_t)sizeof h;
+    f->tail = NULL;
+    f->tail_len = 0;
+    f->pad = 0;
+    if ((m->flags & VFU_HDR_TYPE_MASK) > VFU_HDR_REPLY || !vfux_cmd_known(m->cmd)) {
+        return -EINVAL;
+    }
+    if (!vfu_msg_is_error(m)) {
+        int rc = vfux_encode_payload(m, whole, f);
+        if (rc < 0) {
+            return rc;
+        }
+    }
+    *size = (uint64_t)f->head_len + f->tail_len + f->pad;
+    if (*size > UINT32_MAX) {
+        return -EMSGSIZE;
+    }
+    h.size = (uint32_t)*size;
+    memcpy(f->head, &h, sizeof h);
+    return 0;
+}
+
+/* Data that has a structure of its own must be as the decoder wants it. */
+static bool vfux_contents_valid(const vfu_msg *m)
+{
+    if (vfux_msg_is(m, VFU_CMD_DEVICE_GET_REGION_INFO, true) && (m->u.region_info.flags & VFU_REGION_INFO_CAPS) != 0) {
+        uint64_t payload = (uint64_t)sizeof(vfu_wire_region_info) + m->u.region_info.data_len;
+        return vfux_cap_check(m->u.region_info.data, m->u.region_info.data_len, m->u.region_info.cap_offset,
+                              m->u.region_info.argsz > payload) == 0;
+    }
+    if (vfux_msg_is(m, VFU_CMD_REGION_WRITE_MULTI, false)) {
+        return vfux_writes_valid(m->u.write_multi.data, m->u.write_multi.count);
+    }
+    return true;
+}
+
+VFU_API int vfu_msg_encode(const vfu_msg *msg, void *out, size_t cap)
+{
+    vfux_frame f;
+    uint64_t size;
+    uint8_t *to = (uint8_t *)out;
+    int rc = vfux_encode(msg, true, &f, &size);
+
+    if (rc < 0) {
+        return rc;
+    }
+    if ((f.tail_len != 0 && f.tail == NULL) || !vfux_contents_valid(msg)) {
+        return -EINVAL;
+    }
+    if (size > cap || size > INT_MAX) {
+        return -EMSGSIZE;
+    }
+    memcpy(to, f.head, f.head_len);
+    to += f.head_len;
+    if (f.tail_len != 0) {
+        memcpy(to, f.tail, f.tail_len);
+        to += f.tail_len;
+    }
+    memset(to, 0, f.pad);
+    return (int)size;
+}
+
+VFU_API int vfu_msg_encode_head(const vfu_msg *msg, void *out, size_t cap)
+{
+    vfux_frame f;
+    uint64_t size;
+    int rc;
+
+    if (msg->cmd == VFU_CMD_VERSION) {
+        return vfu_msg_encode(msg, out, cap);
+    }
+    rc = vfux_encode(msg, false, &f, &size);
+    if (rc < 0) {
+        return rc;
+    }
+    if (f.head_len > cap) {
+        return -EMSGSIZE;
+    }
+    memcpy(out, f.head, f.head_len);
+    return (int)f.head_len;
+}
+
+VFU_API int vfu_msg_write_one(const vfu_msg *msg, uint64_t i, vfu_wire_write_one *out)
+{
+    vfu_wire_write_one one;
+
+    if (!vfux_msg_is(msg, VFU_CMD_REGION_WRITE_MULTI, false) || msg->u.write_multi.data == NULL ||
+        i >= msg->u.write_multi.count || i >= msg->u.write_multi.data_len / sizeof one) {
+        return -EINVAL;
+    }
+    memcpy(&one, msg->u.write_multi.data + (size_t)i * sizeof one, sizeof one);
+    if (one.count > sizeof one.data) {
+        return -EINVAL;
+    }
+    *out = one;
+    return 0;
+}
+
+VFU_API int vfu_msg_sub_region(const vfu_msg *msg, uint32_t i, vfu_wire_sub_region *out)
+{
+    uint32_t stride;
+
+    if (!vfux_msg_is(msg, VFU_CMD_DEVICE_GET_REGION_IO_FDS, true) || msg->u.region_io_fds.data == NULL ||
+        i >= msg->u.region_io_fds.count) {
+        return -EINVAL;
+    }
+    stride = msg->u.region_io_fds.data_len / msg->u.region_io_fds.count;
+    if (stride < sizeof *out) {
+        return -EINVAL;
+    }
+    memcpy(out, msg->u.region_io_fds.data + (size_t)i * stride, sizeof *out);
+    return 0;
+}
+
+VFU_API bool vfu_msg_next_cap(const vfu_msg *msg, vfu_region_cap *cap)
+{
+    uint32_t offset = cap->next;
+
+    if (!vfux_msg_is(msg, VFU_CMD_DEVICE_GET_REGION_INFO, true) || msg->u.region_info.data == NULL ||
+        (msg->u.region_info.flags & VFU_REGION_INFO_CAPS) == 0) {
+        return false;
+    }
+    if (offset == 0) {
+        offset = msg->u.region_info.cap_offset;
+    }
+    if (offset != UINT32_MAX && vfux_cap_read(msg->u.region_info.data, msg->u.region_info.data_len, offset, cap) == 1 &&
+        vfux_cap_complete(cap)) {
+        return true;
+    }
+    cap->next = UINT32_MAX;
+    return false;
+}
+
+/* What follows the header of a sparse mmap capability, and of a type capability, begins with two 32-bit words. */
+static void vfux_cap_words(const vfu_region_cap *cap, uint32_t words[2])
+{
+    memcpy(words, cap->data, 2 * sizeof words[0]);
+}
+
+VFU_API int vfu_region_cap_areas(const vfu_region_cap *cap, uint32_t *count)
+{
+    uint32_t words[2];
+
+    if (cap->id != VFU_REGION_CAP_SPARSE_MMAP || cap->data_len < sizeof words) {
+        return -EINVAL;
+    }
+    vfux_cap_words(cap, words);
+    if (words[0] > (cap->data_len - sizeof words) / sizeof(vfu_wire_sparse_area)) {
+        return -EINVAL;
+    }
+    *count = words[0];
+    return 0;
+}
+
+VFU_API int vfu_region_cap_area(const vfu_region_cap *cap, uint32_t i, vfu_wire_sparse_area *out)
+{
+    uint32_t count;
+
+    if (vfu_region_cap_areas(cap, &count) < 0 || i >= count) {
+        return -EINVAL;
+    }
+    memcpy(out, cap->data + 8 + (size_t)i * sizeof *out, sizeof *out);
+    return 0;
+}
+
+VFU_API int vfu_region_cap_type(const vfu_region_cap *cap, vfu_wire_cap_type *out)
+{
+    uint32_t words[2];
+
+    if (cap->id != VFU_REGION_CAP_TYPE || cap->data_len < sizeof words) {
+        return -EINVAL;
+    }
+    vfux_cap_words(cap, words);
+    out->header.id = cap->id;
+    out->header.version = cap->version;
+    out->header.next = 0;
+    out->type = words[0];
+    out->subtype = words[1];
+    return 0;
+}
+
+VFU_API int vfu_msg_set_region_caps(vfu_msg *reply, uint32_t argsz, const vfu_wire_cap_type *type,
+                                    const vfu_wire_sparse_area *areas, uint32_t count, void *buf, size_t cap)
+{
+    const uint32_t base = (uint32_t)sizeof(vfu_wire_region_info);
+    vfu_wire_cap_type t = {{VFU_REGION_CAP_TYPE, 1, 0}, 0, 0};
+    vfu_wire_cap_sparse_mmap s = {{VFU_REGION_CAP_SPARSE_MMAP, 1, 0}, count, 0};
+    uint32_t first = type != NULL ? (uint32_t)sizeof t : 0;
+    uint64_t need = first + (count != 0 ? sizeof s + (uint64_t)count * sizeof *areas : 0);
+    uint8_t *to = (uint8_t *)buf;
+
+    if (!vfux_msg_is(reply, VFU_CMD_DEVICE_GET_REGION_INFO, true) || argsz < base) {
+        return -EINVAL;
+    }
+    if (need > cap || need > UINT32_MAX - base) {
+        return -EMSGSIZE;
+    }
+    reply->u.region_info.argsz = base + (uint32_t)need;
+    reply->u.region_info.truncated = argsz < reply->u.region_info.argsz;
+    if (need == 0 || reply->u.region_info.truncated) {
+        reply->u.region_info.flags &= ~VFU_REGION_INFO_CAPS;
+        reply->u.region_info.cap_offset = 0;
+        reply->u.region_info.data = NULL;
+        reply->u.region_info.data_len = 0;
+        return 0;
+    }
+    if (type != NULL) {
+        t.header.next = count != 0 ? base + first : 0;
+        t.type = type->type;
+        t.subtype = type->subtype;
+        memcpy(to, &t, sizeof t);
+    }
+    if (count != 0) {
+        memcpy(to + first, &s, sizeof s);
+        memcpy(to + first + sizeof s, areas, (size_t)count * sizeof *areas);
+    }
+    reply->u.region_info.flags |= VFU_REGION_INFO_CAPS;
+    reply->u.region_info.cap_offset = base;
+    reply->u.region_info.data = to;
+    reply->u.region_info.data_len = (uint32_t)need;
+    return 0;
+}
+
+/* A FEATURE message of this feature, in either direction */
+static bool vfux_feature_is(const vfu_msg *msg, uint32_t index)
+{
+    return msg->cmd == VFU_CMD_DEVICE_FEATURE && !vfu_msg_is_error(msg) &&
+           (msg->u.feature.flags & VFU_FEATURE_INDEX_MASK) == index;
+}
+
+/* Copies the fixed part of a feature's payload */
+static int vfux_feature_get(const vfu_msg *msg, uint32_t index, void *out, uint32_t size)
+{
+    if (!vfux_feature_is(msg, index) || msg->u.feature.data == NULL || msg->u.feature.data_len < size) {
+        return -EINVAL;
+    }
+    memcpy(out, msg->u.feature.data, size);
+    return 0;
+}
+
+VFU_API int vfu_feature_migration(const vfu_msg *msg, vfu_wire_feature_migration *out)
+{
+    return vfux_feature_get(msg, VFU_FEATURE_MIGRATION, out, sizeof *out);
+}
+
+VFU_API int vfu_feature_mig_state(const vfu_msg *msg, vfu_wire_feature_mig_state *out)
+{
+    return vfux_feature_get(msg, VFU_FEATURE_MIG_STATE, out, sizeof *out);
+}
+
+VFU_API int vfu_feature_log_control(const vfu_msg *msg, vfu_wire_feature_log_control *out)
+{
+    vfu_wire_feature_log_control w;
+    int rc = vfux_feature_get(msg, VFU_FEATURE_LOGGING_START, &w, sizeof w);
+
+    if (rc < 0) {
+        return rc;
+    }
+    if (w.num_ranges > (msg->u.feature.data_len - sizeof w) / sizeof(vfu_wire_feature_log_range)) {
+        return -EINVAL;
+    }
+    *out = w;
+    return 0;
+}
+
+VFU_API int vfu_feature_log_range(const vfu_msg *msg, uint32_t i, vfu_wire_feature_log_range *out)
+{
+    vfu_wire_feature_log_control w;
+    int rc = vfu_feature_log_control(msg, &w);
+
+    if (rc < 0) {
+        return rc;
+    }
+    if (i >= w.num_ranges) {
+        return -EINVAL;
+    }
+    memcpy(out, msg->u.feature.data + sizeof w + (size_t)i * sizeof *out, sizeof *out);
+    return 0;
+}
+
+VFU_API int vfu_feature_log_report(const vfu_msg *msg, vfu_wire_feature_log_report *out, const uint8_t **bitmap,
+                                   uint32_t *bitmap_len)
+{
+    int rc = vfux_feature_get(msg, VFU_FEATURE_LOGGING_REPORT, out, sizeof *out);
+
+    if (rc < 0) {
+        return rc;
+    }
+    *bitmap = msg->u.feature.data + sizeof *out;
+    *bitmap_len = msg->u.feature.data_len - (uint32_t)sizeof *out;
+    return 0;
+}
+
+/* Makes buf the payload: size bytes of fixed part, then rest_len of rest, which may be in its place already. */
+static int vfux_feature_set(vfu_msg *msg, uint32_t index, const void *fixed, uint32_t size, const void *rest, uint64_t rest_len,
+                            void *buf, size_t cap)
+{
+    if (!vfux_feature_is(msg, index)) {
+        return -EINVAL;
+    }
+    if (cap < size || rest_len > cap - size || rest_len > UINT32_MAX - sizeof(vfu_wire_feature) - size) {
+        return -EMSGSIZE;
+    }
+    if (rest_len != 0) {
+        memmove((uint8_t *)buf + size, rest, (size_t)rest_len);
+    }
+    memcpy(buf, fixed, size);
+    msg->u.feature.data = (const uint8_t *)buf;
+    msg->u.feature.data_len = size + (uint32_t)rest_len;
+    msg->u.feature.argsz = (uint32_t)sizeof(vfu_wire_feature) + msg->u.feature.data_len;
+    return 0;
+}
+
+VFU_API int vfu_feature_set_migration(vfu_msg *msg, const vfu_wire_feature_migration *in, void *buf, size_t cap)
+{
+    return vfux_feature_set(msg, VFU_FEATURE_MIGRATION, in, sizeof *in, NULL, 0, buf, cap);
+}
+
+VFU_API int vfu_feature_set_mig_state(vfu_msg *msg, const vfu_wire_feature_mig_state *in, void *buf, size_t cap)
+{
+    return vfux_feature_set(msg, VFU_FEATURE_MIG_STATE, in, sizeof *in, NULL, 0, buf, cap);
+}
+
+VFU_API int vfu_feature_set_log_control(vfu_msg *msg, const vfu_wire_feature_log_control *in,
+                                        const vfu_wire_feature_log_range *ranges, void *buf, size_t cap)
+{
+    uint64_t ranges_len = (uint64_t)in->num_ranges * sizeof *ranges;
+
+    return vfux_feature_set(msg, VFU_FEATURE_LOGGING_START, in, sizeof *in, ranges, ranges_len, buf, cap);
+}
+
+VFU_API int vfu_feature_set_log_report(vfu_msg *msg, const vfu_wire_feature_log_report *in, const void *bitmap,
+                                       uint32_t bitmap_len, void *buf, size_t cap)
+{
+    return vfux_feature_set(msg, VFU_FEATURE_LOGGING_REPORT, in, sizeof *in, bitmap, bitmap_len, buf, cap);
+}
+
+#define VFUX_RENDER_BYTES 16u /* of data */
+#define VFUX_RENDER_ITEMS 4u  /* of an array */
+#define VFUX_RENDER_TEXT 256u /* of version data */
+
+/* The names of the bits that are set, with a bar between, and what remains as a number; "-" for none. names[i] is bit i. */
+static void vfux_render_bits(vfux_text *t, uint64_t bits, const char *const *names, uint32_t count)
+{
+    const char *bar = " ";
+
+    for (uint32_t i = 0; i < count; i++) {
+        if ((bits >> i & 1u) != 0) {
+            vfux_text_add(t, bar);
+            vfux_text_add(t, names[i]);
+            bar = "|";
+        }
+    }
+    bits = bits >> count << count;
+    if (bits != 0) {
+        vfux_text_add(t, bar);
+        vfux_text_hex(t, "", bits);
+    } else if (*bar == ' ') {
+        vfux_text_add(t, " -");
+    }
+}
+
+/* A name from a table, or the number */
+static void vfux_render_name(vfux_text *t, const char *const *names, size_t count, const char *label, uint32_t i)
+{
+    const char *name = vfux_name(names, count, i);
+
+    if (name != NULL) {
+        vfux_text_add(t, " ");
+        vfux_text_add(t, name);
+    } else {
+        vfux_text_dec(t, label, i);
+    }
+}
+
+static void vfux_render_region(vfux_text *t, uint32_t i)
+{
+    static const char *const names[] = {"BAR0", "BAR1", "BAR2", "BAR3", "BAR4", "BAR5", "ROM", "CONFIG", "VGA"};
+
+    vfux_render_name(t, names, VFUX_COUNT(names), " region", i);
+}
+
+static void vfux_render_irq(vfux_text *t, uint32_t i)
+{
+    static const char *const names[] = {"INTX", "MSI", "MSIX", "ERR", "REQ"};
+
+    vfux_render_name(t, names, VFUX_COUNT(names), " irq", i);
+}
+
+/* Data as one number if it has the width of one, else its first bytes */
+static void vfux_render_data(vfux_text *t, const uint8_t *data, uint32_t n)
+{
+    uint8_t one;
+    uint16_t two;
+    uint32_t four;
+    uint64_t eight;
+
+    switch (data != NULL ? n : 0) {
+    case 0:
+        return;
+    case 1:
+        memcpy(&one, data, n);
+        vfux_text_hex(t, " = ", one);
+        return;
+    case 2:
+        memcpy(&two, data, n);
+        vfux_text_hex(t, " = ", two);
+        return;
+    case 4:
+        memcpy(&four, data, n);
+        vfux_text_hex(t, " = ", four);
+        return;
+    case 8:
+        memcpy(&eight, data, n);
+        vfux_text_hex(t, " = ", eight);
+        return;
+    default:
+        break;
+    }
+    vfux_text_add(t, " =");
+    for (uint32_t i = 0; i < n && i < VFUX_RENDER_BYTES; i++) {
+        vfux_text_add(t, " ");
+        vfux_text_digits(t, data[i], 16, 2);
+    }
+    if (n > VFUX_RENDER_BYTES) {
+        vfux_text_add(t, " ...");
+    }
+}
+
+/* Text of a peer: a terminal gets nothing but printable ASCII */
+static void vfux_render_json(vfux_text *t, const char *json, uint32_t n)
+{
+    vfux_text_add(t, " ");
+    for (uint32_t i = 0; i < n && i < VFUX_RENDER_TEXT; i++) {
+        char c = json[i] >= ' ' && json[i] <= '~' ? json[i] : '?';
+        vfux_text_bytes(t, &c, 1);
+    }
+    if (n > VFUX_RENDER_TEXT) {
+        vfux_text_add(t, " ...");
+    }
+}
+
+static void vfux_render_region_info(vfux_text *t, const vfu_msg *m)
+{
+    static const char *const flags[] = {"read", "write", "mmap", "caps"};
+    vfu_region_cap cap = {0, 0, NULL, 0, 0};
+    vfu_wire_sparse_area area;
+    vfu_wire_cap_type type;
+    uint32_t count;
+
+    vfux_render_region(t, m->u.region_info.index);
+    if (vfu_msg_is_reply(m)) {
+        vfux_text_hex(t, " size ", m->u.region_info.size);
+        vfux_render_bits(t, m->u.region_info.flags, flags, VFUX_COUNT(flags));
+        vfux_text_hex(t, " offset ", m->u.region_info.offset);
+    }
+    vfux_text_dec(t, " argsz ", m->u.region_info.argsz);
+    while (vfu_msg_next_cap(m, &cap)) {
+        if (vfu_region_cap_areas(&cap, &count) == 0) {
+            vfux_text_dec(t, " sparse ", count);
+            for (uint32_t i = 0; i < VFUX_RENDER_ITEMS && vfu_region_cap_area(&cap, i, &area) == 0; i++) {
+                vfux_text_hex(t, " [", area.offset);
+                vfux_text_hex(t, " + ", area.size);
+                vfux_text_add(t, "]");
+            }
+            vfux_text_add(t, count > VFUX_RENDER_ITEMS ? " ..." : "");
+        } else if (vfu_region_cap_type(&cap, &type) == 0) {
+            vfux_text_hex(t, " type ", type.type);
+            vfux_text_hex(t, " subtype ", type.subtype);
+        } else {
+            vfux_text_dec(t, " cap ", cap.id);
+        }
+    }
+}
+
+static void vfux_render_io_fds(vfux_text *t, const vfu_msg *m)
+{
+    vfu_wire_sub_region sub;
+
+    vfux_render_region(t, m->u.region_io_fds.index);
+    vfux_text_dec(t, " count ", m->u.region_io_fds.count);
+    vfux_text_dec(t, " argsz ", m->u.region_io_fds.argsz);
+    for (uint32_t i = 0; i < VFUX_RENDER_ITEMS && vfu_msg_sub_region(m, i, &sub) == 0; i++) {
+        vfux_text_hex(t, " [", sub.offset);
+        vfux_text_hex(t, " + ", sub.size);
+        vfux_text_dec(t, " fd ", sub.fd_index);
+        vfux_text_dec(t, " type ", sub.type);
+        vfux_text_add(t, "]");
+    }
+    vfux_text_add(t, m->u.region_io_fds.data_len != 0 && m->u.region_io_fds.count > VFUX_RENDER_ITEMS ? " ..." : "");
+}
+
+static void vfux_render_irq_set(vfux_text *t, const vfu_msg *m)
+{
+    static const char *const flags[] = {"none", "bool", "eventfd", "mask", "unmask", "trigger"};
+
+    vfux_render_irq(t, m->u.irq_set.index);
+    vfux_text_dec(t, " start ", m->u.irq_set.start);
+    vfux_text_dec(t, " count ", m->u.irq_set.count);
+    vfux_render_bits(t, m->u.irq_set.flags, flags, VFUX_COUNT(flags));
+    vfux_render_data(t, m->u.irq_set.data, m->u.irq_set.data_len);
+}
+
+static void vfux_render_write_multi(vfux_text *t, const vfu_msg *m)
+{
+    vfu_wire_write_one one;
+
+    vfux_text_dec(t, " count ", m->u.write_multi.count);
+    for (uint32_t i = 0; i < VFUX_RENDER_ITEMS && vfu_msg_write_one(m, i, &one) == 0; i++) {
+        vfux_text_add(t, " [");
+        vfux_render_region(t, one.region);
+        vfux_text_hex(t, " + ", one.offset);
+        vfux_text_dec(t, " count ", one.count);
+        vfux_render_data(t, one.data, one.count);
+        vfux_text_add(t, " ]");
+    }
+    vfux_text_add(t, !vfu_msg_is_reply(m) && m->u.write_multi.count > VFUX_RENDER_ITEMS ? " ..." : "");
+}
+
+static void vfux_render_feature(vfux_text *t, const vfu_msg *m)
+{
+    static const char *const names[] = {
+        NULL, "MIGRATION", "MIG_STATE", NULL, NULL, NULL, "LOGGING_START", "LOGGING_STOP", "LOGGING_REPORT",
+    };
+    static const char *const what[] = {"get", "set", "probe"};
+    static const char *const migration[] = {"stop-copy", "p2p", "pre-copy"};
+    static const char *const states[] = {
+        "ERROR", "STOP", "RUNNING", "STOP_COPY", "RESUMING", "RUNNING_P2P", "PRE_COPY", "PRE_COPY_P2P",
+    };
+    vfu_wire_feature_migration mig;
+    vfu_wire_feature_mig_state state;
+    vfu_wire_feature_log_control control;
+    vfu_wire_feature_log_range range;
+    vfu_wire_feature_log_report report;
+    const uint8_t *bitmap;
+    uint32_t n;
+
+    vfux_render_name(t, names, VFUX_COUNT(names), " feature", m->u.feature.flags & VFU_FEATURE_INDEX_MASK);
+    vfux_render_bits(t, m->u.feature.flags >> 16, what, VFUX_COUNT(what));
+    vfux_text_dec(t, " argsz ", m->u.feature.argsz);
+    if (vfu_feature_migration(m, &mig) == 0) {
+        vfux_render_bits(t, mig.flags, migration, VFUX_COUNT(migration));
+    } else if (vfu_feature_mig_state(m, &state) == 0) {
+        vfux_render_name(t, states, VFUX_COUNT(states), " state", state.state);
+    } else if (vfu_feature_log_control(m, &control) == 0) {
+        vfux_text_hex(t, " page ", control.page_size);
+        vfux_text_dec(t, " ranges ", control.num_ranges);
+        for (uint32_t i = 0; i < VFUX_RENDER_ITEMS && vfu_feature_log_range(m, i, &range) == 0; i++) {
+            vfux_text_hex(t, " [", range.iova);
+            vfux_text_hex(t, " + ", range.length);
+            vfux_text_add(t, "]");
+        }
+        vfux_text_add(t, control.num_ranges > VFUX_RENDER_ITEMS ? " ..." : "");
+    } else if (vfu_feature_log_report(m, &report, &bitmap, &n) == 0) {
+        vfux_text_hex(t, " iova ", report.iova);
+        vfux_text_hex(t, " length ", report.length);
+        vfux_text_hex(t, " page ", report.page_size);
+        vfux_render_data(t, bitmap, n);
+    } else {
+        vfux_render_data(t, m->u.feature.data, m->u.feature.data_len);
+    }
+}
+
+static void vfux_render_payload(vfux_text *t, const vfu_msg *m)
+{
+    static const char *const unmap_flags[] = {"dirty-bitmap", "all"};
+    static const char *const device_flags[] = {"reset", "pci"};
+    static const char *const irq_flags[] = {"eventfd", "maskable", "automasked", "noresize"};
+    static const char *const access[] = {" none", " r", " w", " rw"};
+    bool reply = vfu_msg_is_reply(m);
+
+    switch (m->cmd) {
+    case VFU_CMD_VERSION:
+        vfux_text_dec(t, " ", m->u.version.major);
+        vfux_text_dec(t, ".", m->u.version.minor);
+        if (m->u.version.json != NULL) {
+            vfux_render_json(t, m->u.version.json, m->u.version.json_len);
+        }
+        break;
+    case VFU_CMD_DMA_MAP:
+        if (!reply) {
+            vfux_text_hex(t, " iova ", m->u.dma_map.address);
+            vfux_text_hex(t, " size ", m->u.dma_map.size);
+            vfux_text_add(t, access[m->u.dma_map.flags & 3u]);
+            vfux_text_hex(t, " offset ", m->u.dma_map.offset);
+            if (m->u.dma_map.flags > 3u) {
+                vfux_text_hex(t, " flags ", m->u.dma_map.flags);
+            }
+        }
+        break;
+    case VFU_CMD_DMA_UNMAP:
+        vfux_text_hex(t, " iova ", m->u.dma_unmap.address);
+        vfux_text_hex(t, " size ", m->u.dma_unmap.size);
+        if (m->u.dma_unmap.flags != 0) {
+            vfux_render_bits(t, m->u.dma_unmap.flags, unmap_flags, VFUX_COUNT(unmap_flags));
+        }
+        break;
+    case VFU_CMD_DEVICE_GET_INFO:
+        if (reply) {
+            vfux_render_bits(t, m->u.device_info.flags, device_flags, VFUX_COUNT(device_flags));
+            vfux_text_dec(t, " regions ", m->u.device_info.num_regions);
+            vfux_text_dec(t, " irqs ", m->u.device_info.num_irqs);
+        }
+        vfux_text_dec(t, " argsz ", m->u.device_info.argsz);
+        break;
+    case VFU_CMD_DEVICE_GET_REGION_INFO:
+        vfux_render_region_info(t, m);
+        break;
+    case VFU_CMD_DEVICE_GET_REGION_IO_FDS:
+        vfux_render_io_fds(t, m);
+        break;
+    case VFU_CMD_DEVICE_GET_IRQ_INFO:
+        vfux_render_irq(t, m->u.irq_info.index);
+        if (reply) {
+            vfux_text_dec(t, " count ", m->u.irq_info.count);
+            vfux_render_bits(t, m->u.irq_info.flags, irq_flags, VFUX_COUNT(irq_flags));
+        }
+        vfux_text_dec(t, " argsz ", m->u.irq_info.argsz);
+        break;
+    case VFU_CMD_DEVICE_SET_IRQS:
+        if (!reply) {
+            vfux_render_irq_set(t, m);
+        }
+        break;
+    case VFU_CMD_REGION_READ:
+    case VFU_CMD_REGION_WRITE:
+        vfux_render_region(t, m->u.region.region);
+        vfux_text_hex(t, " + ", m->u.region.offset);
+        vfux_text_dec(t, " count ", m->u.region.count);
+        vfux_render_data(t, m->u.region.data, m->u.region.data_len);
+        break;
+    case VFU_CMD_DMA_READ:
+    case VFU_CMD_DMA_WRITE:
+        if (reply && m->cmd == VFU_CMD_DMA_WRITE && m->u.dma.ack_len == 0) {
+            break;
+        }
+        vfux_text_hex(t, " iova ", m->u.dma.address);
+        vfux_text_dec(t, " count ", m->u.dma.count);
+        vfux_text_add(t, m->u.dma.legacy ? " legacy" : "");
+        vfux_render_data(t, m->u.dma.data, m->u.dma.data_len);
+        break;
+    case VFU_CMD_REGION_WRITE_MULTI:
+        vfux_render_write_multi(t, m);
+        break;
+    case VFU_CMD_DEVICE_FEATURE:
+        vfux_render_feature(t, m);
+        break;
+    case VFU_CMD_MIG_DATA_READ:
+    case VFU_CMD_MIG_DATA_WRITE:
+        if (!reply || m->cmd == VFU_CMD_MIG_DATA_READ) {
+            vfux_text_dec(t, " size ", m->u.mig_data.size);
+            vfux_text_dec(t, " argsz ", m->u.mig_data.argsz);
+            vfux_render_data(t, m->u.mig_data.data, m->u.mig_data.data_len);
+        }
+        break;
+    default:
+        break;
+    }
+}
+
+VFU_API int vfu_msg_render(const vfu_msg *msg, char *out, size_t cap)
+{
+    vfux_text t = {out, cap != 0 ? cap - 1 : 0, 0};
+
+    vfux_text_add(&t, vfu_msg_is_reply(msg) ? "<- 0x" : "-> 0x");
+    vfux_text_digits(&t, msg->id, 16, 4);
+    vfux_render_name(&t, vfux_cmd_names, VFUX_COUNT(vfux_cmd_names), " command ", msg->cmd);
+    if (vfu_msg_is_error(msg)) {
+        vfux_text_add(&t, " error");
+        vfux_render_name(&t, vfux_errno_names, VFUX_COUNT(vfux_errno_names), " ", msg->error);
+    } else {
+        vfux_render_payload(&t, msg);
+    }
+    if ((msg->flags & (VFU_HDR_TYPE_MASK | VFU_HDR_NO_REPLY)) == VFU_HDR_NO_REPLY) {
+        vfux_text_add(&t, " no-reply");
+    }
+    if (cap != 0) {
+        out[t.len < cap - 1 ? t.len : cap - 1] = '\0';
+    }
+    return (int)t.len;
+}
+
+#ifndef VFU_CODEC_ONLY
+
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <pthread.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/uio.h>
+#include <sys/un.h>
+#include <time.h>
+#include <unistd.h>
+
+/* ==== transport ========================================================================================================== */
+
+enum {
+    VFUX_RX_EXTRA = 65536, /* room behind the largest message, so that pipelined ones come with it */
+    VFUX_BATCHES = 8,      /* messages whose descriptors wait */
+    VFUX_LINE_MAX = 512    /* bytes of a log line */
+};
+
+static void vfux_say(const vfu_logger *logger, vfu_level level, const char *format, ...) __attribute__((format(printf, 3, 4)));
+
+static bool vfux_says(const vfu_logger *logger, vfu_level level)
+{
+    return level <= (logger->level ? logger->level : VFU_LEVEL_WARNING);
+}
+
+static void vfux_say(const vfu_logger *logger, vfu_level level, const char *format, ...)
+{
+    char line[VFUX_LINE_MAX];
+    va_list arguments;
+    if (!vfux_says(logger, level))
+        return;
+    va_start(arguments, format);
+    vsnprintf(line, sizeof(line), format, arguments);
+    va_end(arguments);
+    if (logger->write)
+        logger->write(logger->ctx, level, line);
+    else
+        fprintf(stderr, "vfu: %s\n", line);
+}
+
+static uint64_t vfux_now_ms(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000 + (uint64_t)now.tv_nsec / 1000000;
+}
+
+static void *vfux_allocate(const vfu_alloc *alloc, size_t size)
+{
+    return alloc->alloc ? alloc->alloc(alloc->ctx, size) : malloc(size);
+}
+
+static void *vfux_allocate_zero(const vfu_alloc *alloc, size_t size)
+{
+    if (!alloc->alloc)
+        return calloc(1, size);
+    void *memory = alloc->alloc(alloc->ctx, size);
+    return memory ? memset(memory, 0, size) : NULL;
+}
+
+static void vfux_free(const vfu_alloc *alloc, void *memory, size_t size)
+{
+    if (!alloc->release)
+        free(memory);
+    else if (memory)
+        alloc->release(alloc->ctx, memory, size);
+}
+
+static void vfux_close(int *fd)
+{
+    if (*fd >= 0)
+        close(*fd);
+    *fd = -1;
+}
+
+static void vfux_close_all(int *fds, unsigned count)
+{
+    for (unsigned i = 0; i < count; i++)
+        vfux_close(&fds[i]);
+}
+
+/* Descriptors that belong to one message: of a received one, or one that waits to be sent. */
+typedef struct vfux_batch {
+    uint64_t at; /* where in the stream that message starts, in bytes since the connection began */
+    unsigned count, refused;
+    int fds[VFU_FDS_MAX];
+} vfux_batch;
+
+/*
+ * Positions count from the beginning of the connection. The buffers hold [start, end) of their stream:
+ *
+ *     rx: | ... taken ... | start: next message | ... | scanned: last message that has begun | end |  free  |
+ */
+struct vfu_conn {
+    int fd;
+    vfu_io io;
+    vfu_alloc alloc;
+    uint32_t max_msg, max_fds;
+    size_t capacity; /* bytes, of each buffer */
+    uint8_t *rx, *tx;
+    size_t rx_start, rx_end, rx_scanned;
+    uint64_t rx_at; /* stream position of rx[0] */
+    bool rx_broken; /* no message can begin at rx_scanned */
+    vfux_batch rx_batches[VFUX_BATCHES];
+    unsigned rx_batch_count;
+    size_t tx_start, tx_end;
+    uint64_t tx_at; /* stream position of tx[0] */
+    vfux_batch tx_batches[VFUX_BATCHES];
+    unsigned tx_batch_count;
+};
+
+static int64_t vfux_socket_receive(void *ctx, void *buf, size_t len, int *fds, unsigned *fd_count)
+{
+    union {
+        struct cmsghdr align;
+        char bytes[CMSG_SPACE(sizeof(int) * VFU_FDS_RECEIVABLE)];
+    } control;
+    struct iovec iov = {.iov_base = buf, .iov_len = len};
+    struct msghdr msg = {.msg_iov = &iov, .msg_iovlen = 1, .msg_control = control.bytes, .msg_controllen = sizeof(control.bytes)};
+    ssize_t n;
+    *fd_count = 0;
+    do
+        n = recvmsg((int)(intptr_t)ctx, &msg, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+    while (n < 0 && errno == EINTR);
+    if (n < 0)
+        return errno == EWOULDBLOCK ? -EAGAIN : -errno;
+    for (struct cmsghdr *c = msg.msg_controllen ? CMSG_FIRSTHDR(&msg) : NULL; c; c = CMSG_NXTHDR(&msg, c)) {
+        if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS)
+            continue;
+        unsigned count = (unsigned)((c->cmsg_len - CMSG_LEN(0)) / sizeof(int));
+        for (unsigned i = 0; i < count && *fd_count < VFU_FDS_RECEIVABLE; i++)
+            memcpy(&fds[(*fd_count)++], CMSG_DATA(c) + i * sizeof(int), sizeof(int));
+    }
+    return msg.msg_flags & MSG_CTRUNC ? -EBADMSG : n;
+}
+
+static int64_t vfux_socket_send(void *ctx, const vfu_slice *slices, unsigned count, const int *fds, unsigned fd_count)
+{
+    union {
+        struct cmsghdr align;
+        char bytes[CMSG_SPACE(sizeof(int) * VFU_FDS_MAX)];
+    } control;
+    struct iovec iov[2];
+    struct msghdr msg = {.msg_iov = iov};
+    for (unsigned i = 0; i < count && i < 2; i++) {
+        memcpy(&iov[i].iov_base, &slices[i].data, sizeof(void *)); /* sendmsg() doesn't write, but its type says otherwise */
+        iov[i].iov_len = slices[i].len;
+        msg.msg_iovlen++;
+    }
+    if (fd_count) {
+        memset(&control, 0, sizeof(control));
+        msg.msg_control = control.bytes;
+        msg.msg_controllen = CMSG_SPACE(sizeof(int) * fd_count);
+        struct cmsghdr *c = CMSG_FIRSTHDR(&msg);
+        c->cmsg_level = SOL_SOCKET;
+        c->cmsg_type = SCM_RIGHTS;
+        c->cmsg_len = CMSG_LEN(sizeof(int) * fd_count);
+        memcpy(CMSG_DATA(c), fds, sizeof(int) * fd_count);
+    }
+    ssize_t n;
+    do
+        n = sendmsg((int)(intptr_t)ctx, &msg, MSG_DONTWAIT | MSG_NOSIGNAL);
+    while (n < 0 && errno == EINTR);
+    if (n < 0)
+        return errno == EWOULDBLOCK ? -EAGAIN : -errno;
+    return n;
+}
+
+VFU_API int vfu_conn_create(vfu_conn **out, const vfu_conn_desc *desc)
+{
+    int fd = desc->io ? -1 : desc->fd;
+    uint32_t max_msg = desc->max_msg ? desc->max_msg : VFU_MSG_MAX_DEFAULT;
+    uint32_t max_fds = desc->max_fds ? desc->max_fds : VFU_FDS_MAX;
+    int err = max_msg < VFU_HDR_SIZE || max_msg > INT_MAX - VFUX_RX_EXTRA || max_fds > VFU_FDS_MAX ? -EINVAL : 0;
+    vfu_conn *conn = NULL;
+    *out = NULL;
+    if (!err && fd >= 0) {
+        int flags = fcntl(fd, F_GETFL), cloexec = fcntl(fd, F_SETFD, FD_CLOEXEC);
+        if (flags < 0 || cloexec < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) < 0)
+            err = -errno;
+    }
+    if (!err && !(conn = vfux_allocate_zero(&desc->alloc, sizeof(*conn))))
+        err = -ENOMEM;
+    if (!err) {
+        conn->capacity = (size_t)max_msg + VFUX_RX_EXTRA;
+        conn->alloc = desc->alloc;
+        conn->max_msg = max_msg;
+        conn->max_fds = max_fds;
+        conn->fd = fd;
+        conn->io = desc->io ? *desc->io : (vfu_io){(void *)(intptr_t)fd, vfux_socket_receive, vfux_socket_send};
+        conn->rx = vfux_allocate(&conn->alloc, conn->capacity);
+        conn->tx = vfux_allocate(&conn->alloc, conn->capacity);
+        err = conn->rx && conn->tx ? 0 : -ENOMEM;
+    }
+    if (err) {
+        if (conn)
+            vfu_conn_destroy(conn);
+        else
+            vfux_close(&fd);
+        return err;
+    }
+    *out = conn;
+    return 0;
+}
+
+VFU_API void vfu_conn_destroy(vfu_conn *conn)
+{
+    if (!conn)
+        return;
+    for (unsigned i = 0; i < conn->rx_batch_count; i++)
+        vfux_close_all(conn->rx_batches[i].fds, conn->rx_batches[i].count);
+    for (unsigned i = 0; i < conn->tx_batch_count; i++)
+        vfux_close_all(conn->tx_batches[i].fds, conn->tx_batches[i].count);
+    vfux_close(&conn->fd);
+    vfu_alloc alloc = conn->alloc;
+    vfux_free(&alloc, conn->rx, conn->capacity);
+    vfux_free(&alloc, conn->tx, conn->capacity);
+    vfux_free(&alloc, conn, sizeof(*conn));
+}
+
+VFU_API int vfu_conn_fd(const vfu_conn *conn) { return conn->fd; }
+
+/* Moves rx_scanned to the start of the message that has the last byte received, or to the end if none was received of it yet.
+ * Returns the start of the message that has the last byte. */
+static size_t vfux_conn_scan(vfu_conn *conn)
+{
+    size_t last = conn->rx_scanned;
+    while (!conn->rx_broken && conn->rx_scanned < conn->rx_end) {
+        uint32_t size;
+        int err = vfu_msg_size(conn->rx + conn->rx_scanned, conn->rx_end - conn->rx_scanned, conn->max_msg, &size);
+        last = conn->rx_scanned;
+        if (err || size > conn->rx_end - conn->rx_scanned) {
+            conn->rx_broken = err == -EBADMSG;
+            break;
+        }
+        conn->rx_scanned += size;
+    }
+    return last;
+}
+
+/* Notes descriptors for the message that starts at stream position `at`; closes those that are too many. */
+static void vfux_conn_keep(vfu_conn *conn, uint64_t at, int *fds, unsigned count)
+{
+    vfux_batch *batch = conn->rx_batch_count ? &conn->rx_batches[conn->rx_batch_count - 1] : NULL;
+    unsigned kept = 0;
+    if ((!batch || batch->at != at) && conn->rx_batch_count < VFUX_BATCHES) {
+        batch = &conn->rx_batches[conn->rx_batch_count++];
+        batch->at = at;
+        batch->count = batch->refused = 0;
+    }
+    if (batch->at == at) {
+        while (kept < count && batch->count < conn->max_fds)
+            batch->fds[batch->count++] = fds[kept++];
+        batch->refused += count - kept;
+    }
+    vfux_close_all(fds + kept, count - kept);
+}
+
+/* Is there room to receive? Makes some by moving what is left of the last message to the front. */
+static bool vfux_conn_has_room(vfu_conn *conn)
+{
+    if (conn->rx_start && conn->capacity - conn->rx_end < VFUX_RX_EXTRA) {
+        memmove(conn->rx, conn->rx + conn->rx_start, conn->rx_end - conn->rx_start);
+        conn->rx_at += conn->rx_start;
+        conn->rx_end -= conn->rx_start;
+        conn->rx_scanned -= conn->rx_start;
+        conn->rx_start = 0;
+    }
+    return conn->rx_end < conn->capacity;
+}
+
+VFU_API int vfu_conn_receive(vfu_conn *conn)
+{
+    int fds[VFU_FDS_RECEIVABLE];
+    unsigned fd_count = 0;
+    if (!vfux_conn_has_room(conn))
+        return -ENOBUFS;
+    int64_t n = conn->io.receive(conn->io.ctx, conn->rx + conn->rx_end, conn->capacity - conn->rx_end, fds, &fd_count);
+    if (n <= 0) {
+        vfux_close_all(fds, fd_count);
+        return n ? (int)n : -EPIPE;
+    }
+    conn->rx_end += (size_t)n;
+    size_t last = vfux_conn_scan(conn);
+    if (fd_count)
+        vfux_conn_keep(conn, conn->rx_at + last, fds, fd_count);
+    return (int)n;
+}
+
+VFU_API int vfu_conn_next(vfu_conn *conn, vfu_frame *frame)
+{
+    uint32_t size;
+    vfux_close_all(frame->fds, frame->fd_count);
+    frame->fd_count = frame->fds_refused = 0;
+    int err = vfu_msg_size(conn->rx + conn->rx_start, conn->rx_end - conn->rx_start, conn->max_msg, &size);
+    if (err)
+        return err == -EAGAIN ? 0 : err;
+    if (size > conn->rx_end - conn->rx_start)
+        return 0;
+    frame->bytes = conn->rx + conn->rx_start;
+    frame->len = size;
+    vfux_batch *batch = conn->rx_batches;
+    if (conn->rx_batch_count && batch->at == conn->rx_at + conn->rx_start) {
+        memcpy(frame->fds, batch->fds, sizeof(batch->fds));
+        frame->fd_count = batch->count;
+        frame->fds_refused = batch->refused;
+        memmove(batch, batch + 1, --conn->rx_batch_count * sizeof(*batch));
+    }
+    conn->rx_start += size;
+    if (conn->rx_start == conn->rx_end) { /* empty: start again at the front; the frame's bytes stay until the next receive */
+        conn->rx_at += conn->rx_end;
+        conn->rx_start = conn->rx_end = conn->rx_scanned = 0;
+    }
+    return 1;
+}
+
+VFU_API bool vfu_conn_is_waiting(const vfu_conn *conn) { return conn->tx_start < conn->tx_end; }
+
+/* Appends a message, less what the socket took of it, to what waits. It fits. */
+static int vfux_conn_queue(vfu_conn *conn, const vfu_slice *slices, size_t sent, const int *fds, unsigned fd_count)
+{
+    if (fd_count) {
+        vfux_batch *batch = &conn->tx_batches[conn->tx_batch_count];
+        batch->at = conn->tx_at + conn->tx_end;
+        batch->count = 0;
+        for (unsigned i = 0; i < fd_count; i++) {
+            int copy = fcntl(fds[i], F_DUPFD_CLOEXEC, 0);
+            if (copy < 0) {
+                int err = -errno;
+                vfux_close_all(batch->fds, batch->count);
+                return err;
+            }
+            batch->fds[batch->count++] = copy;
+        }
+        conn->tx_batch_count++;
+    }
+    for (unsigned i = 0; i < 2; i++) {
+        size_t skip = sent < slices[i].len ? sent : slices[i].len;
+        if (slices[i].len > skip)
+            memcpy(conn->tx + conn->tx_end, (const uint8_t *)slices[i].data + skip, slices[i].len - skip);
+        conn->tx_end += slices[i].len - skip;
+        sent -= skip;
+    }
+    return 0;
+}
+
+VFU_API int vfu_conn_send(vfu_conn *conn, const void *head, size_t head_len, const void *data, size_t data_len, const int *fds,
+                          unsigned fd_count)
+{
+    vfu_slice slices[2] = {{head, head_len}, {data, data_len}};
+    size_t total = head_len + data_len, sent = 0;
+    if (total > conn->capacity || fd_count > VFU_FDS_MAX)
+        return -EMSGSIZE;
+    if (!vfu_conn_is_waiting(conn)) {
+        int64_t n = conn->io.send(conn->io.ctx, slices, data_len ? 2 : 1, fds, fd_count);
+        if (n < 0 && n != -EAGAIN)
+            return (int)n;
+        sent = n > 0 ? (size_t)n : 0;
+        if (sent == total)
+            return 0;
+    }
+    if (conn->tx_start && conn->capacity - conn->tx_end < total - sent) {
+        memmove(conn->tx, conn->tx + conn->tx_start, conn->tx_end - conn->tx_start);
+        conn->tx_at += conn->tx_start;
+        conn->tx_end -= conn->tx_start;
+        conn->tx_start = 0;
+    }
+    unsigned fds_left = sent ? 0 : fd_count;
+    if (conn->capacity - conn->tx_end < total - sent || (fds_left && conn->tx_batch_count == VFUX_BATCHES))
+        return -EAGAIN; /* only if something waited before: an empty queue has room */
+    return vfux_conn_queue(conn, slices, sent, fds, fds_left);
+}
+
+VFU_API int vfu_conn_flush(vfu_conn *conn)
+{
+    while (vfu_conn_is_waiting(conn)) {
+        vfux_batch *batch = conn->tx_batch_count ? conn->tx_batches : NULL;
+        bool with_fds = batch && batch->at == conn->tx_at + conn->tx_start;
+        vfux_batch *stop = with_fds ? (conn->tx_batch_count > 1 ? batch + 1 : NULL) : batch;
+        size_t len = stop ? (size_t)(stop->at - conn->tx_at) - conn->tx_start : conn->tx_end - conn->tx_start;
+        vfu_slice slice = {conn->tx + conn->tx_start, len};
+        int64_t n = conn->io.send(conn->io.ctx, &slice, 1, with_fds ? batch->fds : NULL, with_fds ? batch->count : 0);
+        if (n < 0)
+            return (int)n;
+        if (with_fds) {
+            vfux_close_all(batch->fds, batch->count);
+            memmove(batch, batch + 1, --conn->tx_batch_count * sizeof(*batch));
+        }
+        conn->tx_start += (size_t)n;
+    }
+    conn->tx_at += conn->tx_end;
+    conn->tx_start = conn->tx_end = 0;
+    return 0;
+}
+
+/* The data of a message, which travels behind header and fixed part. */
+static const void *vfux_msg_tail(const vfu_msg *msg, size_t *len)
+{
+    const uint8_t *data = NULL;
+    *len = 0;
+    if (vfu_msg_is_error(msg))
+        return NULL;
+    switch (msg->cmd) {
+    case VFU_CMD_DMA_UNMAP: data = msg->u.dma_unmap.data, *len = msg->u.dma_unmap.data_len; break;
+    case VFU_CMD_DEVICE_GET_REGION_INFO: data = msg->u.region_info.data, *len = msg->u.region_info.data_len; break;
+    case VFU_CMD_DEVICE_GET_REGION_IO_FDS: data = msg->u.region_io_fds.data, *len = msg->u.region_io_fds.data_len; break;
+    case VFU_CMD_DEVICE_SET_IRQS: data = msg->u.irq_set.data, *len = msg->u.irq_set.data_len; break;
+    case VFU_CMD_REGION_READ:
+    case VFU_CMD_REGION_WRITE: data = msg->u.region.data, *len = msg->u.region.data_len; break;
+    case VFU_CMD_DMA_READ:
+    case VFU_CMD_DMA_WRITE: data = msg->u.dma.data, *len = msg->u.dma.data_len; break;
+    case VFU_CMD_REGION_WRITE_MULTI: data = msg->u.write_multi.data, *len = msg->u.write_multi.data_len; break;
+    case VFU_CMD_DEVICE_FEATURE: data = msg->u.feature.data, *len = msg->u.feature.data_len; break;
+    case VFU_CMD_MIG_DATA_READ:
+    case VFU_CMD_MIG_DATA_WRITE: data = msg->u.mig_data.data, *len = msg->u.mig_data.data_len; break;
+    default: break;
+    }
+    return data;
+}
+
+/* Sends msg with its data; -EAGAIN and other errors as vfu_conn_send. */
+static int vfux_conn_send_msg(vfu_conn *conn, const vfu_msg *msg, const int *fds, unsigned fd_count)
+{
+    size_t data_len;
+    const void *data = vfux_msg_tail(msg, &data_len);
+    uint8_t head[VFU_HDR_SIZE + 8 + VFU_CAPS_WRITE_MAX];
+    int len = vfu_msg_encode_head(msg, head, sizeof(head));
+    if (len < 0)
+        return len;
+    return vfu_conn_send(conn, head, (size_t)len, data, data_len, fds, fd_count);
+}
+
+static int vfux_sock_address(struct sockaddr_un *address, const char *path)
+{
+    *address = (struct sockaddr_un){.sun_family = AF_UNIX};
+    if (strlen(path) >= sizeof(address->sun_path))
+        return -ENAMETOOLONG;
+    memcpy(address->sun_path, path, strlen(path));
+    return 0;
+}
+
+VFU_API int vfu_sock_connect(const char *path)
+{
+    struct sockaddr_un address;
+    int err = vfux_sock_address(&address, path);
+    if (err)
+        return err;
+    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (fd < 0)
+        return -errno;
+    while (connect(fd, (struct sockaddr *)&address, sizeof(address)) < 0) {
+        if (errno == EINTR)
+            continue;
+        err = -errno;
+        close(fd);
+        return err;
+    }
+    return fd;
+}
+
+/* Is `path` a socket file that nobody listens on? */
+static bool vfux_sock_is_stale(const char *path)
+{
+    struct stat st;
+    if (lstat(path, &st) < 0 || !S_ISSOCK(st.st_mode))
+        return false;
+    int fd = vfu_sock_connect(path);
+    if (fd >= 0)
+        close(fd);
+    return fd == -ECONNREFUSED;
+}
+
+VFU_API int vfu_sock_listen(const char *path)
+{
+    struct sockaddr_un address;
+    int err = vfux_sock_address(&address, path);
+    if (err)
+        return err;
+    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (fd < 0)
+        return -errno;
+    int bound = bind(fd, (struct sockaddr *)&address, sizeof(address));
+    if (bound < 0 && errno == EADDRINUSE && vfux_sock_is_stale(path)) {
+        unlink(path);
+        bound = bind(fd, (struct sockaddr *)&address, sizeof(address));
+    }
+    if (bound < 0 || listen(fd, 16) < 0) {
+        err = -errno;
+        close(fd);
+        return err;
+    }
+    return fd;
+}
+
+VFU_API int vfu_sock_accept(int listener)
+{
+    for (;;) {
+        int fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+        if (fd >= 0)
+            return fd;
+        if (errno != EINTR && errno != ECONNABORTED)
+            return errno == EWOULDBLOCK ? -EAGAIN : -errno;
+    }
+}
+
+/* ==== PCI ================================================================================================================ */
+
+/* Offsets and values of the PCI Local Bus 3.0, PCI Power Management 1.2 and PCI Express 2.0 specifications. */
+enum {
+    VFUX_PCI_VENDOR = 0x00,
+    VFUX_PCI_DEVICE = 0x02,
+    VFUX_PCI_COMMAND = 0x04,
+    VFUX_PCI_STATUS = 0x06,
+    VFUX_PCI_REVISION = 0x08,
+    VFUX_PCI_CLASS = 0x09,
+    VFUX_PCI_CACHE_LINE = 0x0c,
+    VFUX_PCI_BAR = 0x10,
+    VFUX_PCI_SUBSYSTEM_VENDOR = 0x2c,
+    VFUX_PCI_SUBSYSTEM = 0x2e,
+    VFUX_PCI_ROM = 0x30,
+    VFUX_PCI_CAPABILITIES = 0x34,
+    VFUX_PCI_INTERRUPT_LINE = 0x3c,
+    VFUX_PCI_INTERRUPT_PIN = 0x3d,
+    VFUX_PCI_FIRST_CAP = 0x40,
+
+    VFUX_PCI_CAP_PM = 0x01,
+    VFUX_PCI_CAP_VENDOR = 0x09,
+    VFUX_PCI_CAP_EXPRESS = 0x10,
+    VFUX_PCI_CAP_MSIX = 0x11,
+
+    VFUX_PM_LEN = 8,
+    VFUX_PM_CONTROL = 4,
+    VFUX_MSIX_LEN = 12,
+    VFUX_MSIX_CONTROL = 2,
+    VFUX_EXPRESS_LEN = 60,
+    VFUX_EXPRESS_DEVICE_CONTROL = 8
+};
+
+static void vfux_put16(uint8_t *at, uint32_t value)
+{
+    at[0] = (uint8_t)value;
+    at[1] = (uint8_t)(value >> 8);
+}
+
+static void vfux_put32(uint8_t *at, uint32_t value)
+{
+    vfux_put16(at, value);
+    vfux_put16(at + 2, value >> 16);
+}
+
+static uint16_t vfux_get16(const uint8_t *at) { return (uint16_t)(at[0] | at[1] << 8); }
+
+/* Adds an empty capability of len bytes to the end of the list. Returns its offset, 0: no room. *end is where the next may start. */
+static uint16_t vfux_pci_add(vfu_pci *pci, uint16_t *end, uint8_t **link, uint8_t id, uint32_t len)
+{
+    uint16_t at = *end;
+    if (at + len > 256)
+        return 0;
+    **link = (uint8_t)at;
+    *link = &pci->config[at + 1];
+    pci->config[at] = id;
+    *end = (uint16_t)((at + len + 3) & ~3u);
+    vfux_put16(pci->config + VFUX_PCI_STATUS, vfux_get16(pci->config + VFUX_PCI_STATUS) | 0x10u);
+    return at;
+}
+
+/* A 64-bit BAR takes two registers; I/O and memory BARs keep their type in the low bits, and size themselves by read-only zeros. */
+static bool vfux_pci_build_bars(vfu_pci *pci, const vfu_pci_desc *desc)
+{
+    uint32_t command = VFU_PCI_COMMAND_MASTER | VFU_PCI_COMMAND_INTX_DISABLE | 0x0140u; /* parity and SERR are storage */
+    for (unsigned i = 0; i < 6; i++) {
+        const vfu_bar_desc *bar = &desc->bar[i];
+        uint8_t *config = pci->config + VFUX_PCI_BAR + 4 * i, *writable = pci->writable + VFUX_PCI_BAR + 4 * i;
+        bool io = bar->kind == VFU_BAR_IO, wide = bar->kind == VFU_BAR_MEM64;
+        if (!bar->size)
+            continue;
+        if (bar->size & (bar->size - 1) || bar->size < (io ? 4u : 16u) || (!wide && bar->size > UINT32_C(1) << 31) ||
+            (wide && (i == 5 || desc->bar[i + 1].size)) || (io && bar->prefetchable))
+            return false;
+        uint64_t mask = ~(bar->size - 1);
+        vfux_put32(config, io ? 1u : (wide ? 4u : 0u) | (bar->prefetchable ? 8u : 0u));
+        vfux_put32(writable, (uint32_t)mask);
+        if (wide)
+            vfux_put32(writable + 4, (uint32_t)(mask >> 32));
+        command |= io ? VFU_PCI_COMMAND_IO : VFU_PCI_COMMAND_MEMORY;
+    }
+    if (desc->rom_size) {
+        if (desc->rom_size & (desc->rom_size - 1) || desc->rom_size < 2048)
+            return false;
+        vfux_put32(pci->writable + VFUX_PCI_ROM, ~(desc->rom_size - 1) | 1u);
+        command |= VFU_PCI_COMMAND_MEMORY;
+    }
+    vfux_put16(pci->writable + VFUX_PCI_COMMAND, command);
+    return true;
+}
+
+static bool vfux_pci_build_msix(vfu_pci *pci, const vfu_pci_desc *desc, uint16_t *end, uint8_t **link)
+{
+    uint64_t vectors = desc->msix.vectors, table_end = desc->msix.table_offset + vectors * 16;
+    uint64_t pba_end = desc->msix.pba_offset + (vectors + 63) / 64 * 8;
+    if (vectors > 2048 || desc->msix.table_bar > 5 || desc->msix.pba_bar > 5 || (desc->msix.table_offset | desc->msix.pba_offset) & 7 ||
+        table_end > desc->bar[desc->msix.table_bar].size || pba_end > desc->bar[desc->msix.pba_bar].size)
+        return false;
+    pci->msix_at = vfux_pci_add(pci, end, link, VFUX_PCI_CAP_MSIX, VFUX_MSIX_LEN);
+    if (!pci->msix_at)
+        return false;
+    uint8_t *cap = pci->config + pci->msix_at;
+    vfux_put16(cap + VFUX_MSIX_CONTROL, desc->msix.vectors - 1u);
+    vfux_put32(cap + 4, desc->msix.table_offset | desc->msix.table_bar);
+    vfux_put32(cap + 8, desc->msix.pba_offset | desc->msix.pba_bar);
+    vfux_put16(pci->writable + pci->msix_at + VFUX_MSIX_CONTROL, 0xc000u); /* enable, function mask */
+    return true;
+}
+
+static bool vfux_pci_build_express(vfu_pci *pci, const vfu_pci_desc *desc, uint16_t *end, uint8_t **link)
+{
+    pci->express_at = vfux_pci_add(pci, end, link, VFUX_PCI_CAP_EXPRESS, VFUX_EXPRESS_LEN);
+    if (!pci->express_at)
+        return false;
+    uint8_t *cap = pci->config + pci->express_at, *writable = pci->writable + pci->express_at;
+    pci->flr = desc->flr;
+    vfux_put16(cap + 2, 0x0002);                                          /* version 2, endpoint */
+    vfux_put32(cap + 4, 0x00008000u | (desc->flr ? UINT32_C(1) << 28 : 0)); /* role-based errors, function-level reset */
+    vfux_put16(cap + 8, 0x2810);                                          /* relaxed ordering, no snoop, 512-byte reads */
+    vfux_put16(writable + 8, 0x7fff);
+    vfux_put16(pci->clearable + pci->express_at + 10, 0x000f); /* device status: errors */
+    vfux_put32(cap + 12, 0x00000011);                          /* link: 2.5 GT/s, x1 */
+    vfux_put16(writable + 16, 0x01cb);                         /* link control: ASPM, RCB, common clock, extended sync, clock PM */
+    vfux_put16(cap + 18, 0x0011);                              /* link status: 2.5 GT/s, x1 */
+    vfux_put32(cap + 36, 0x00000010);                          /* completion timeout can be disabled */
+    vfux_put16(writable + 40, 0x0010);
+    vfux_put32(cap + 44, 0x00000002); /* supported speeds: 2.5 GT/s */
+    vfux_put16(cap + 48, 0x0001);     /* target speed: 2.5 GT/s */
+    vfux_put16(writable + 48, 0x000f);
+    return true;
+}
+
+static bool vfux_pci_build_caps(vfu_pci *pci, const vfu_pci_desc *desc)
+{
+    uint16_t end = VFUX_PCI_FIRST_CAP;
+    uint8_t *link = &pci->config[VFUX_PCI_CAPABILITIES];
+    if (desc->pm) {
+        pci->pm_at = vfux_pci_add(pci, &end, &link, VFUX_PCI_CAP_PM, VFUX_PM_LEN);
+        vfux_put16(pci->config + pci->pm_at + 2, 0x0003); /* version 1.2: D0 and D3hot */
+        vfux_put16(pci->config + pci->pm_at + VFUX_PM_CONTROL, 0x0008); /* no reset between D3hot and D0 */
+        vfux_put16(pci->writable + pci->pm_at + VFUX_PM_CONTROL, 0x0003);
+    }
+    if (desc->msix.vectors && !vfux_pci_build_msix(pci, desc, &end, &link))
+        return false;
+    if (desc->express && !vfux_pci_build_express(pci, desc, &end, &link))
+        return false;
+    for (unsigned i = 0; i < desc->vendor_cap_count; i++) {
+        const vfu_pci_vendor_cap *vendor = &desc->vendor_caps[i];
+        uint16_t at = vfux_pci_add(pci, &end, &link, VFUX_PCI_CAP_VENDOR, 3u + vendor->len);
+        if (!at)
+            return false;
+        pci->config[at + 2] = (uint8_t)(3 + vendor->len);
+        memcpy(pci->config + at + 3, vendor->data, vendor->len);
+    }
+    return true;
+}
+
+VFU_API int vfu_pci_build(vfu_pci *pci, const vfu_pci_desc *desc)
+{
+    memset(pci, 0, sizeof(*pci));
+    pci->size = desc->express ? 4096 : 256;
+    vfux_put16(pci->config + VFUX_PCI_VENDOR, desc->vendor);
+    vfux_put16(pci->config + VFUX_PCI_DEVICE, desc->device);
+    pci->config[VFUX_PCI_REVISION] = desc->revision;
+    pci->config[VFUX_PCI_CLASS] = (uint8_t)desc->class_code;
+    vfux_put16(pci->config + VFUX_PCI_CLASS + 1, desc->class_code >> 8);
+    vfux_put16(pci->config + VFUX_PCI_SUBSYSTEM_VENDOR, desc->subsystem_vendor);
+    vfux_put16(pci->config + VFUX_PCI_SUBSYSTEM, desc->subsystem);
+    pci->config[VFUX_PCI_INTERRUPT_PIN] = desc->interrupt_pin;
+    pci->writable[VFUX_PCI_INTERRUPT_LINE] = 0xff;
+    pci->writable[VFUX_PCI_CACHE_LINE] = 0xff;
+    vfux_put16(pci->clearable + VFUX_PCI_STATUS, 0xf900); /* errors */
+    if (desc->class_code > 0xffffff || desc->interrupt_pin > 4 || (desc->flr && !desc->express) || !vfux_pci_build_bars(pci, desc) ||
+        !vfux_pci_build_caps(pci, desc))
+        return -EINVAL;
+    memcpy(pci->initial, pci->config, sizeof(pci->config));
+    return 0;
+}
+
+VFU_API void vfu_pci_read(const vfu_pci *pci, uint32_t offset, void *buf, uint32_t len)
+{
+    VFU_ASSERT(offset <= pci->size && len <= pci->size - offset);
+    memcpy(buf, pci->config + offset, len);
+}
+
+static unsigned vfux_pci_changed(const vfu_pci *pci, uint32_t at)
+{
+    if (at == VFUX_PCI_COMMAND || at == VFUX_PCI_COMMAND + 1)
+        return VFU_PCI_CHANGED_COMMAND;
+    if ((at >= VFUX_PCI_BAR && at < VFUX_PCI_BAR + 24) || (at >= VFUX_PCI_ROM && at < VFUX_PCI_ROM + 4))
+        return VFU_PCI_CHANGED_BAR;
+    if (pci->msix_at && at == pci->msix_at + VFUX_MSIX_CONTROL + 1u)
+        return VFU_PCI_CHANGED_MSIX;
+    if (pci->pm_at && at == pci->pm_at + (uint32_t)VFUX_PM_CONTROL)
+        return VFU_PCI_CHANGED_POWER;
+    return 0;
+}
+
+VFU_API unsigned vfu_pci_write(vfu_pci *pci, uint32_t offset, const void *buf, uint32_t len)
+{
+    const uint8_t *bytes = buf;
+    unsigned changed = 0;
+    VFU_ASSERT(offset <= pci->size && len <= pci->size - offset);
+    for (uint32_t at = offset; at < offset + len; at++) {
+        uint8_t value = bytes[at - offset], old = pci->config[at];
+        uint8_t now = (uint8_t)((old & ~pci->writable[at]) | (value & pci->writable[at]));
+        pci->config[at] = (uint8_t)(now & ~(value & pci->clearable[at]));
+        if (pci->config[at] != old)
+            changed |= vfux_pci_changed(pci, at);
+        if (pci->flr && at == pci->express_at + VFUX_EXPRESS_DEVICE_CONTROL + 1u && value & 0x80)
+            changed |= VFU_PCI_ASKED_FLR; /* the bit itself always reads as zero */
+    }
+    return changed;
+}
+
+VFU_API void vfu_pci_reset(vfu_pci *pci) { memcpy(pci->config, pci->initial, sizeof(pci->config)); }
+
+VFU_API void vfu_pci_disconnect(vfu_pci *pci)
+{
+    vfux_put16(pci->config + VFUX_PCI_COMMAND, 0);
+    vfu_pci_set_intx_status(pci, false);
+    if (pci->msix_at)
+        pci->config[pci->msix_at + VFUX_MSIX_CONTROL + 1] &= 0x3f;
+}
+
+VFU_API uint16_t vfu_pci_command(const vfu_pci *pci) { return vfux_get16(pci->config + VFUX_PCI_COMMAND); }
+
+VFU_API bool vfu_pci_msix_enabled(const vfu_pci *pci)
+{
+    return pci->msix_at && pci->config[pci->msix_at + VFUX_MSIX_CONTROL + 1] & 0x80;
+}
+
+VFU_API void vfu_pci_set_intx_status(vfu_pci *pci, bool level)
+{
+    uint8_t *status = &pci->config[VFUX_PCI_STATUS];
+    *status = (uint8_t)((*status & ~VFU_PCI_STATUS_INTX) | (level ? VFU_PCI_STATUS_INTX : 0));
+}
+
+VFU_API uint8_t vfu_pci_capability(const vfu_pci *pci, uint8_t id)
+{
+    uint8_t at = pci->config[VFUX_PCI_CAPABILITIES];
+    while (at && pci->config[at] != id)
+        at = pci->config[at + 1];
+    return at;
+}
+
+/* ==== device ============================================================================================================= */
+
+enum {
+    VFUX_REGIONS = VFU_PCI_NUM_REGIONS,
+    VFUX_XFER_DEFAULT = 1 << 20,   /* bytes: max_data_xfer_size where nothing is said */
+    VFUX_XFER_MAX = 16 << 20,
+    VFUX_DMA_CHUNK = 128 << 10,    /* bytes of one DMA message; QEMU breaks the stream of larger ones */
+    VFUX_DMA_READ_AHEAD = 128 << 10, /* bytes asked for and not answered: QEMU cuts replies that its socket does not take */
+    VFUX_DMA_SLOTS = 32,           /* DMA messages under way */
+    VFUX_BUDGET = 64,              /* messages handled by one poll */
+    VFUX_WARNINGS = 100,           /* lines of log that one client can cause */
+    VFUX_AREAS = 64,               /* areas of a region */
+    VFUX_GREETING_MS = 10000,
+    VFUX_PAGE = 4096               /* granule of mappings: the pgsizes that VERSION says */
+};
+
+/* A part of a client's file, mapped here. One for all mappings that lie in it. */
+typedef struct vfux_window {
+    struct vfux_window *next;
+    dev_t dev;
+    ino_t ino;
+    uint64_t offset; /* of its first byte in the file */
+    size_t len;      /* bytes */
+    char *base;
+    bool writable;
+    bool sealed; /* the file can't shrink: accesses can't fault */
+    uint32_t refs;
+} vfux_window;
+
+/* A DMA message that waits for its reply. */
+typedef struct vfux_slot {
+    vfu_dma *dma; /* NULL: free */
+    uint64_t iova, at;
+    uint32_t count;
+    uint16_t id, cmd;
+} vfux_slot;
+
+/* The INTx line. */
+typedef struct vfux_intx {
+    bool level, masked;
+    int unmask_fd; /* signalled by the client at the end of an interrupt; -1: none */
+} vfux_intx;
+
+struct vfu_dev {
+    vfu_dev_desc desc; /* with the defaults filled in; pointers into it are not kept */
+    vfu_wire_sparse_area *areas[6];
+    uint32_t area_counts[6];
+    vfu_region_share shares[6];
+
+    int listener;
+    char *path; /* of a socket file that is ours to remove */
+    dev_t path_dev;
+    ino_t path_ino;
+    int wake_fd; /* eventfd that ends a wait */
+    atomic_bool stopped;
+
+    vfu_conn *conn; /* NULL: no client */
+    vfu_frame frame;
+    bool greeted;
+    uint64_t greeting_until;
+    vfu_caps peer;
+    uint32_t peer_xfer; /* bytes of data that the client takes in one message */
+    unsigned warnings;
+    const char *why; /* what was wrong with the request at hand; for the log */
+
+    vfu_iommu *iommu;
+    vfu_iommu_reader *reader;
+    vfux_window *windows;
+
+    vfu_pci pci;
+    uint8_t *msix_table;
+    size_t msix_size; /* bytes */
+    vfux_intx intx;
+    uint32_t irq_counts[VFU_PCI_NUM_IRQS], irq_first[VFU_PCI_NUM_IRQS], irq_total;
+    _Atomic int *irqs; /* for each interrupt: -1, or its eventfd * 2 + 1 if a write to it could block */
+    _Atomic unsigned raisers; /* threads that may be about to write to an eventfd */
+
+    vfu_dma *dmas; /* under way, the oldest first */
+    vfux_slot slots[VFUX_DMA_SLOTS];
+    uint16_t dma_sequence;
+    uint64_t dma_reading; /* bytes asked for and not answered */
+    vfu_dma_layout layout;
+
+    bool work_wanted, more;
+    uint8_t *data; /* payload of the reply in the making, max_data_xfer_size bytes */
+};
+
+static void vfux_warn(vfu_dev *dev, const char *format, ...) __attribute__((format(printf, 2, 3)));
+
+static void vfux_warn(vfu_dev *dev, const char *format, ...)
+{
+    char line[VFUX_LINE_MAX];
+    va_list arguments;
+    if (dev->warnings > VFUX_WARNINGS || !vfux_says(&dev->desc.logger, VFU_LEVEL_WARNING))
+        return;
+    va_start(arguments, format);
+    vsnprintf(line, sizeof(line), format, arguments);
+    va_end(arguments);
+    vfux_say(&dev->desc.logger, VFU_LEVEL_WARNING, "%s%s", line,
+             dev->warnings++ == VFUX_WARNINGS ? " (and this client's further warnings are left away)" : "");
+}
+
+/* ---- the guard: accesses to memory that its owner can take away ------------------------------------------------------------- */
+
+static _Thread_local sigjmp_buf *vfux_guard_env;
+static _Thread_local const void *vfux_guard_bad;
+static struct sigaction vfux_guard_previous;
+static pthread_once_t vfux_guard_once = PTHREAD_ONCE_INIT;
+
+static void vfux_guard_signal(int number, siginfo_t *info, void *context)
+{
+    if (vfux_guard_env) {
+        vfux_guard_bad = info->si_addr;
+        siglongjmp(*vfux_guard_env, 1);
+    }
+    if (vfux_guard_previous.sa_flags & SA_SIGINFO)
+        vfux_guard_previous.sa_sigaction(number, info, context);
+    else if (vfux_guard_previous.sa_handler != SIG_DFL && vfux_guard_previous.sa_handler != SIG_IGN)
+        vfux_guard_previous.sa_handler(number);
+    else
+        sigaction(number, &vfux_guard_previous, NULL); /* the access faults again, and that ends the process as it would have */
+}
+
+static void vfux_guard_install(void)
+{
+    struct sigaction action;
+    memset(&action, 0, sizeof(action));
+    action.sa_sigaction = vfux_guard_signal;
+    action.sa_flags = SA_SIGINFO | SA_NODEFER | SA_ONSTACK;
+    sigemptyset(&action.sa_mask);
+    sigaction(SIGBUS, &action, &vfux_guard_previous);
+}
+
+/* The guard of vfu_iommu_desc: a SIGBUS in body comes back here. */
+static int vfux_guard(void *ctx, void (*body)(void *arg), void *arg, const void **bad)
+{
+    sigjmp_buf env;
+    (void)ctx;
+    if (sigsetjmp(env, 0)) {
+        vfux_guard_env = NULL;
+        *bad = vfux_guard_bad;
+        return -EFAULT;
+    }
+    vfux_guard_env = &env;
+    atomic_signal_fence(memory_order_seq_cst); /* the body's accesses stay between the two assignments */
+    body(arg);
+    atomic_signal_fence(memory_order_seq_cst);
+    vfux_guard_env = NULL;
+    return 0;
+}
+
+/* ---- the client's memory ---------------------------------------------------------------------------------------------------- */
+
+/* Memory that only messages reach is not for readers: whoever would wait here keeps the client from answering. */
+static int vfux_message_read(void *ctx, uint64_t iova, void *dst, size_t len)
+{
+    (void)ctx, (void)iova, (void)dst, (void)len;
+    return -EDEADLK;
+}
+
+static int vfux_message_write(void *ctx, uint64_t iova, const void *src, size_t len)
+{
+    (void)ctx, (void)iova, (void)src, (void)len;
+    return -EDEADLK;
+}
+
+static const vfu_iommu_io vfux_message_io = {vfux_message_read, vfux_message_write, NULL};
+
+static void vfux_window_unref(vfu_dev *dev, vfux_window *window)
+{
+    if (--window->refs)
+        return;
+    vfux_window **link = &dev->windows;
+    while (*link != window)
+        link = &(*link)->next;
+    *link = window->next;
+    munmap(window->base, window->len);
+    vfux_free(&dev->desc.alloc, window, sizeof(*window));
+}
+
+/* Maps a file: all of it if the address space has room, else the pages of [offset, offset + size). */
+static int vfux_window_map(vfux_window *window, int fd, uint64_t offset, uint64_t size, uint64_t file_size)
+{
+    uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE), whole_max = sizeof(void *) > 4 ? UINT64_C(1) << 40 : UINT64_C(1) << 28;
+    bool whole = file_size <= whole_max;
+    uint64_t first = whole ? 0 : offset & ~(page - 1), end = whole ? file_size : offset + size;
+    if (end - first > SIZE_MAX / 2)
+        return -ENOMEM;
+    int prot = PROT_READ | (window->writable ? PROT_WRITE : 0);
+    void *base = mmap(NULL, (size_t)(end - first), prot, MAP_SHARED | MAP_NORESERVE, fd, (off_t)first);
+    if (base == MAP_FAILED)
+        return -errno;
+    window->offset = first;
+    window->len = (size_t)(end - first);
+    window->base = base;
+    return 0;
+}
+
+static int vfux_window_make(vfu_dev *dev, vfux_window **out, int fd, const struct stat *st, uint64_t offset, uint64_t size, bool write)
+{
+    int access = fcntl(fd, F_GETFL) & O_ACCMODE;
+    if (access == O_WRONLY || (write && access != O_RDWR)) {
+        dev->why = "the descriptor doesn't allow that access";
+        return -EACCES;
+    }
+    vfux_window *window = vfux_allocate_zero(&dev->desc.alloc, sizeof(*window));
+    if (!window)
+        return -ENOMEM;
+    window->dev = st->st_dev;
+    window->ino = st->st_ino;
+    window->writable = access == O_RDWR;
+    int seals = fcntl(fd, F_GET_SEALS);
+    window->sealed = seals >= 0 && seals & F_SEAL_SHRINK;
+    int err = vfux_window_map(window, fd, offset, size, (uint64_t)st->st_size);
+    if (err && window->writable && !write) { /* sealed against writing, perhaps */
+        window->writable = false;
+        err = vfux_window_map(window, fd, offset, size, (uint64_t)st->st_size);
+    }
+    if (err) {
+        dev->why = "mmap failed";
+        vfux_free(&dev->desc.alloc, window, sizeof(*window));
+        return err;
+    }
+    if (!window->sealed)
+        pthread_once(&vfux_guard_once, vfux_guard_install);
+    window->next = dev->windows;
+    dev->windows = window;
+    *out = window;
+    return 0;
+}
+
+/* Gives the window that has [offset, offset + size) of the file, with a reference. */
+static int vfux_window_get(vfu_dev *dev, vfux_window **out, int fd, uint64_t offset, uint64_t size, bool write)
+{
+    struct stat st;
+    if (fstat(fd, &st) < 0)
+        return -errno;
+    if (!S_ISREG(st.st_mode)) {
+        dev->why = "the descriptor is no file";
+        return -ENODEV;
+    }
+    if (size > (uint64_t)st.st_size || offset > (uint64_t)st.st_size - size) {
+        dev->why = "the file is shorter than the mapping";
+        return -EINVAL;
+    }
+    vfux_window *window = dev->windows;
+    while (window && !(window->dev == st.st_dev && window->ino == st.st_ino && (window->writable || !write) &&
+                       offset >= window->offset && offset - window->offset <= window->len && size <= window->len - (offset - window->offset)))
+        window = window->next;
+    int err = window ? 0 : vfux_window_make(dev, &window, fd, &st, offset, size, write);
+    if (!err) {
+        window->refs++;
+        *out = window;
+    }
+    return err;
+}
+
+static void vfux_dma_unmapped(vfu_dev *dev, const vfu_iommu_mapping *mapping);
+
+/* The IOMMU's `removed`. */
+static void vfux_mapping_removed(void *ctx, const vfu_iommu_mapping *mapping)
+{
+    vfu_dev *dev = ctx;
+    vfux_dma_unmapped(dev, mapping);
+    if (dev->desc.callbacks.dma_unmapped)
+        dev->desc.callbacks.dma_unmapped(dev->desc.ctx, mapping);
+    if (mapping->user)
+        vfux_window_unref(dev, mapping->user);
+}
+
+/* ---- interrupts --------------------------------------------------------------------------------------------------------------- */
+
+/* Signals an interrupt that is assigned. From the moment the thread counts itself until it stops, the eventfd stays open. */
+static int vfux_irq_signal(vfu_dev *dev, uint32_t i)
+{
+    uint64_t one = 1;
+    int err = -ENOENT;
+    atomic_fetch_add(&dev->raisers, 1);
+    int irq = atomic_load(&dev->irqs[i]);
+    if (irq >= 0) {
+        /* An eventfd blocks when its counter is at its end, which only the client can have done: then it is signalled already. */
+        struct pollfd ready = {.fd = irq >> 1, .events = POLLOUT};
+        if (!(irq & 1) || poll(&ready, 1, 0) > 0)
+            while (write(irq >> 1, &one, sizeof(one)) < 0 && errno == EINTR) {
+            }
+        err = 0;
+    }
+    atomic_fetch_sub(&dev->raisers, 1);
+    return err;
+}
+
+/* Takes fd (-1: none) for interrupt i, and closes the one it had when no thread uses it any more. */
+static void vfux_irq_assign(vfu_dev *dev, uint32_t i, int fd)
+{
+    int blocking = fd >= 0 && !(fcntl(fd, F_GETFL) & O_NONBLOCK);
+    int old = atomic_exchange(&dev->irqs[i], fd < 0 ? -1 : fd * 2 + blocking);
+    while (atomic_load(&dev->raisers))
+        sched_yield();
+    if (old >= 0)
+        close(old >> 1);
+}
+
+/* Is it an eventfd? They have no file type and take a write of zero, which changes nothing. */
+static bool vfux_is_eventfd(int fd)
+{
+    struct stat st;
+    uint64_t zero = 0;
+    return fstat(fd, &st) == 0 && !(st.st_mode & S_IFMT) && write(fd, &zero, sizeof(zero)) == sizeof(zero);
+}
+
+/* Signals INTx if its level is up and nothing holds it back; that masks it until the client has dealt with it. */
+static void vfux_intx_update(vfu_dev *dev)
+{
+    vfu_pci_set_intx_status(&dev->pci, dev->intx.level);
+    if (!dev->intx.level || dev->intx.masked || vfu_pci_command(&dev->pci) & VFU_PCI_COMMAND_INTX_DISABLE || !dev->irq_counts[VFU_PCI_IRQ_INTX])
+        return;
+    if (vfux_irq_signal(dev, dev->irq_first[VFU_PCI_IRQ_INTX]) == 0)
+        dev->intx.masked = true;
+}
+
+static void vfux_intx_unmask(vfu_dev *dev)
+{
+    dev->intx.masked = false;
+    vfux_intx_update(dev);
+}
+
+/* The client's end-of-interrupt eventfd. */
+static void vfux_intx_check_unmask(vfu_dev *dev)
+{
+    uint64_t count;
+    struct pollfd ready = {.fd = dev->intx.unmask_fd, .events = POLLIN};
+    if (dev->intx.unmask_fd >= 0 && dev->intx.masked && poll(&ready, 1, 0) > 0 && read(dev->intx.unmask_fd, &count, sizeof(count)) > 0)
+        vfux_intx_unmask(dev);
+}
+
+static void vfux_irqs_release(vfu_dev *dev)
+{
+    for (uint32_t i = 0; i < dev->irq_total; i++)
+        vfux_irq_assign(dev, i, -1);
+    vfux_close(&dev->intx.unmask_fd);
+    dev->intx.masked = false;
+}
+
+/* ---- DMA by message ------------------------------------------------------------------------------------------------------------ */
+
+static void vfux_slot_free(vfu_dev *dev, vfux_slot *slot)
+{
+    if (slot->cmd == VFU_CMD_DMA_READ)
+        dev->dma_reading -= slot->count;
+    slot->dma = NULL;
+}
+
+/* Takes a transfer out of the list; replies to its messages will find no slot. */
+static void vfux_dma_unlink(vfu_dev *dev, vfu_dma *dma)
+{
+    for (unsigned i = 0; i < VFUX_DMA_SLOTS; i++)
+        if (dev->slots[i].dma == dma)
+            vfux_slot_free(dev, &dev->slots[i]);
+    for (vfu_dma **link = &dev->dmas; *link; link = &(*link)->next)
+        if (*link == dma) {
+            *link = dma->next;
+            break;
+        }
+    dma->active = false;
+}
+
+static void vfux_dma_finish(vfu_dev *dev, vfu_dma *dma, int result)
+{
+    vfux_dma_unlink(dev, dma);
+    dma->done(dma, result);
+}
+
+static vfux_slot *vfux_slot_find_free(vfu_dev *dev)
+{
+    for (unsigned i = 0; i < VFUX_DMA_SLOTS; i++)
+        if (!dev->slots[i].dma)
+            return &dev->slots[i];
+    return NULL;
+}
+
+/* Sends one message for [iova, iova + count). 1: it has to wait; 0; or the error. */
+static int vfux_dma_send(vfu_dev *dev, vfu_dma *dma, uint64_t iova, uint32_t count)
+{
+    vfux_slot *slot = vfux_slot_find_free(dev);
+    vfu_msg msg;
+    if (!slot || vfu_conn_is_waiting(dev->conn) || (!dma->to_client && dev->dma_reading && dev->dma_reading + count > VFUX_DMA_READ_AHEAD))
+        return 1;
+    /* The slot's number, and a sequence that tells a late reply from the one that is expected. */
+    uint16_t id = (uint16_t)((unsigned)(slot - dev->slots) | (unsigned)(dev->dma_sequence++ * VFUX_DMA_SLOTS));
+    vfu_msg_init(&msg, id, dma->to_client ? VFU_CMD_DMA_WRITE : VFU_CMD_DMA_READ);
+    msg.u.dma.address = iova;
+    msg.u.dma.count = count;
+    msg.u.dma.data = dma->to_client ? (const uint8_t *)dma->buf + dma->sent : NULL;
+    msg.u.dma.data_len = dma->to_client ? count : 0;
+    msg.u.dma.legacy = dma->to_client && dev->layout == VFU_DMA_LAYOUT_QEMU10;
+    int err = vfux_conn_send_msg(dev->conn, &msg, NULL, 0);
+    if (err)
+        return err == -EAGAIN ? 1 : -EIO;
+    *slot = (vfux_slot){.dma = dma, .iova = iova, .at = dma->sent, .count = count, .id = id, .cmd = msg.cmd};
+    dev->dma_reading += dma->to_client ? 0 : count;
+    return 0;
+}
+
+/* Does as much of a transfer as can be done now. 0: all is done; 1: more to come; or the error, with dma->fault set. */
+static int vfux_dma_advance(vfu_dev *dev, vfu_dma *dma)
+{
+    while (dma->sent < dma->len) {
+        vfu_iommu_mapping mapping;
+        uint64_t iova = dma->iova + dma->sent, left = dma->len - dma->sent;
+        dma->fault = iova;
+        if (!vfu_iommu_next(dev->iommu, iova, &mapping) || mapping.iova > iova)
+            return -ENOENT;
+        uint64_t part = vfux_min(left - 1, mapping.size - 1 - (iova - mapping.iova)) + 1;
+        char *buf = (char *)dma->buf + dma->sent;
+        int err;
+        if (mapping.io) {
+            part = vfux_min(part, vfux_min(VFUX_DMA_CHUNK, dev->peer_xfer));
+            err = vfux_dma_send(dev, dma, iova, (uint32_t)part);
+            if (err > 0)
+                return err;
+        } else {
+            err = dma->to_client ? vfu_iommu_write(dev->reader, iova, buf, (size_t)part) : vfu_iommu_read(dev->reader, iova, buf, (size_t)part);
+            if (err)
+                dma->fault = vfu_iommu_last_fault(dev->reader)->iova;
+            else
+                dma->finished += part;
+        }
+        if (err)
+            return err;
+        dma->sent += part;
+    }
+    return dma->finished < dma->len;
+}
+
+/* Goes on with everything that has waited for a slot, for earlier replies, or for the socket. */
+static void vfux_dma_pump(vfu_dev *dev)
+{
+    for (vfu_dma *dma = dev->dmas, *next; dma; dma = next) {
+        int result = vfux_dma_advance(dev, dma);
+        next = dma->next;
+        if (result <= 0) {
+            vfux_dma_finish(dev, dma, result);
+            next = dev->dmas; /* done() may have started or cancelled others */
+        }
+    }
+}
+
+/* A mapping is gone: transfers that have a part in it end. They are only marked: `done` may not be called in the midst of an unmap. */
+static void vfux_dma_unmapped(vfu_dev *dev, const vfu_iommu_mapping *mapping)
+{
+    for (vfu_dma *dma = dev->dmas; dma; dma = dma->next) {
+        uint64_t last = mapping->iova + (mapping->size - 1), dma_last = dma->iova + (dma->len - 1);
+        if (dma->iova > last || dma_last < mapping->iova)
+            continue;
+        uint64_t fault = vfux_max(dma->iova, mapping->iova);
+        dma->fault = dma->unmapped ? vfux_min(dma->fault, fault) : fault;
+        dma->unmapped = true;
+    }
+}
+
+static void vfux_dma_end_unmapped(vfu_dev *dev)
+{
+    for (vfu_dma *dma = dev->dmas; dma;) {
+        if (!dma->unmapped) {
+            dma = dma->next;
+        } else {
+            vfux_dma_finish(dev, dma, -ENOENT);
+            dma = dev->dmas;
+        }
+    }
+}
+
+static void vfux_dma_forget_all(vfu_dev *dev)
+{
+    while (dev->dmas)
+        vfux_dma_unlink(dev, dev->dmas);
+}
+
+/* What the reply says about the message in slot: 0, or -EIO. */
+static int vfux_dma_check(const vfux_slot *slot, const vfu_msg *reply, const char **why)
+{
+    *why = "the client refused it";
+    if (vfu_msg_is_error(reply))
+        return -EIO;
+    *why = "it has another address or count";
+    bool silent = slot->cmd == VFU_CMD_DMA_WRITE && reply->u.dma.ack_len == 0; /* QEMU's has no payload */
+    if (!silent && (reply->u.dma.address != slot->iova || reply->u.dma.count != slot->count))
+        return -EIO;
+    return 0;
+}
+
+static void vfux_dma_replied(vfu_dev *dev, const vfu_msg *reply, int decoded)
+{
+    vfux_slot *slot = &dev->slots[reply->id % VFUX_DMA_SLOTS];
+    vfu_dma *dma = slot->dma;
+    const char *why = "it is malformed";
+    if (!dma || slot->id != reply->id || slot->cmd != reply->cmd) {
+        vfux_say(&dev->desc.logger, VFU_LEVEL_INFO, "a reply to nothing that is under way is discarded: id 0x%04x %s", reply->id,
+                 vfu_cmd_name(reply->cmd));
+        return;
+    }
+    int err = decoded ? -EIO : vfux_dma_check(slot, reply, &why);
+    uint64_t iova = slot->iova, at = slot->at;
+    uint32_t count = slot->count;
+    if (!decoded && !vfu_msg_is_error(reply) && reply->cmd == VFU_CMD_DMA_READ && reply->u.dma.proven)
+        dev->layout = reply->u.dma.legacy ? VFU_DMA_LAYOUT_QEMU10 : VFU_DMA_LAYOUT_SPEC;
+    vfux_slot_free(dev, slot);
+    if (err) {
+        dma->fault = iova;
+        vfux_warn(dev, "%s of %u bytes at 0x%llx failed: the reply is not good: %s (%s)", vfu_cmd_name(reply->cmd), count,
+                  (unsigned long long)iova, why, vfu_msg_is_error(reply) ? vfu_errno_name((int)(reply->error & 0xffff)) : "no error given");
+        vfux_dma_finish(dev, dma, err);
+        return;
+    }
+    if (reply->cmd == VFU_CMD_DMA_READ)
+        memcpy((char *)dma->buf + at, reply->u.dma.data, count);
+    else
+        vfu_iommu_dirty_mark(dev->iommu, iova, count);
+    dma->finished += count;
+    if (dma->finished == dma->len)
+        vfux_dma_finish(dev, dma, 0);
+}
+
+VFU_API int vfu_dev_dma(vfu_dev *dev, vfu_dma *dma)
+{
+    dma->sent = dma->finished = 0;
+    dma->active = dma->unmapped = false;
+    dma->fault = dma->iova;
+    if (!dev->conn || !dev->greeted)
+        return -ENOTCONN;
+    int err = vfu_iommu_probe(dev->reader, dma->iova, dma->len, dma->to_client ? VFU_IOMMU_WRITE : VFU_IOMMU_READ);
+    if (err) {
+        dma->fault = vfu_iommu_last_fault(dev->reader)->iova;
+        return err;
+    }
+    int result = vfux_dma_advance(dev, dma);
+    if (result < 0)
+        vfux_dma_unlink(dev, dma); /* it isn't in the list, but may have slots */
+    if (result <= 0)
+        return result;
+    vfu_dma **link = &dev->dmas;
+    while (*link)
+        link = &(*link)->next;
+    dma->next = NULL;
+    dma->active = true;
+    *link = dma;
+    return 1;
+}
+
+VFU_API void vfu_dev_dma_cancel(vfu_dev *dev, vfu_dma *dma)
+{
+    if (dma->active)
+        vfux_dma_unlink(dev, dma);
+}
+
+/* ---- replies --------------------------------------------------------------------------------------------------------------------- */
+
+/* An answer in the making: the message, whose views point to data of the device, and a descriptor that goes with it. */
+typedef struct vfux_answer {
+    vfu_msg msg;
+    int fd; /* -1: none; borrowed */
+} vfux_answer;
+
+/* What a request is handled with. Returns 0, or the negative errno of the error reply. */
+typedef int vfux_handler(vfu_dev *dev, const vfu_msg *request, vfux_answer *answer);
+
+/* ---- VERSION --------------------------------------------------------------------------------------------------------------------- */
+
+/* Specification, "VFIO_USER_VERSION". The reply stays below 200 bytes: QEMU's request has no more, and it takes no larger reply. */
+static int vfux_on_version(vfu_dev *dev, const vfu_msg *request, vfux_answer *answer)
+{
+    vfu_caps own;
+    if (dev->greeted) {
+        dev->why = "VERSION was negotiated before";
+        return -EINVAL;
+    }
+    if (request->u.version.major != 0) {
+        dev->why = "no such major version";
+        return -EINVAL;
+    }
+    int err = vfu_caps_parse(request->u.version.json, request->u.version.json_len, &dev->peer);
+    if (err) {
+        dev->why = "the capabilities can't be read";
+        return err == -EMSGSIZE ? err : -EINVAL;
+    }
+    if (!dev->peer.max_data_xfer_size) {
+        dev->why = "max_data_xfer_size is 0";
+        return -EINVAL;
+    }
+    vfu_caps_defaults(&own);
+    own.present = VFU_CAPS_MAX_MSG_FDS | VFU_CAPS_MAX_DATA_XFER_SIZE | VFU_CAPS_MAX_DMA_MAPS | VFU_CAPS_PGSIZES;
+    own.max_msg_fds = VFU_FDS_MAX;
+    own.max_data_xfer_size = dev->desc.max_data_xfer_size;
+    own.max_dma_maps = dev->desc.max_dma_maps;
+    own.pgsizes = VFUX_PAGE;
+    if (dev->peer.write_multiple) {
+        own.present |= VFU_CAPS_WRITE_MULTIPLE;
+        own.write_multiple = true;
+    }
+    int len = vfu_caps_write(&own, (char *)dev->data, VFU_CAPS_WRITE_MAX);
+    VFU_ASSERT(len > 0);
+    answer->msg.u.version.json = (const char *)dev->data;
+    answer->msg.u.version.json_len = (uint32_t)len - 1;
+    dev->peer_xfer = (uint32_t)vfux_min(dev->peer.max_data_xfer_size, VFUX_XFER_MAX);
+    dev->greeted = true;
+    if (dev->desc.callbacks.connected)
+        dev->desc.callbacks.connected(dev->desc.ctx);
+    return 0;
+}
+
+/* ---- DMA_MAP, DMA_UNMAP ------------------------------------------------------------------------------------------------------------- */
+
+static int vfux_on_dma_map(vfu_dev *dev, const vfu_msg *request, vfux_answer *answer)
+{
+    vfu_iommu_mapping mapping = {
+        .iova = request->u.dma_map.address,
+        .size = request->u.dma_map.size,
+        .prot = (request->u.dma_map.flags & VFU_DMA_READABLE ? VFU_IOMMU_READ : 0) | (request->u.dma_map.flags & VFU_DMA_WRITEABLE ? VFU_IOMMU_WRITE : 0),
+    };
+    uint64_t offset = request->u.dma_map.offset;
+    (void)answer;
+    if (dev->frame.fd_count > 1) {
+        dev->why = "more than one descriptor";
+        return -EINVAL;
+    }
+    if (!mapping.size || mapping.size - 1 > UINT64_MAX - offset) {
+        dev->why = "the range is empty or wraps";
+        return -EINVAL;
+    }
+    if (dev->frame.fd_count && !dev->desc.no_mmap) {
+        vfux_window *window = NULL;
+        int err = vfux_window_get(dev, &window, dev->frame.fds[0], offset, mapping.size, mapping.prot & VFU_IOMMU_WRITE);
+        if (err)
+            return err;
+        mapping.host = window->base + (size_t)(offset - window->offset);
+        mapping.flags = window->sealed ? 0 : VFU_IOMMU_GUARDED;
+        mapping.user = window;
+    } else {
+        mapping.io = &vfux_message_io;
+        mapping.io_ctx = dev;
+    }
+    int err = vfu_iommu_map(dev->iommu, &mapping);
+    if (err) {
+        dev->why = err == -EEXIST ? "a part of it is mapped already" : "the table refused it";
+        if (mapping.user)
+            vfux_window_unref(dev, mapping.user);
+    } else if (dev->desc.callbacks.dma_mapped) {
+        dev->desc.callbacks.dma_mapped(dev->desc.ctx, &mapping);
+    }
+    return err;
+}
+
+/* The semantics of VFIO's type1v2, which clients rely on, and not the exact match of the specification's text. */
+static int vfux_on_dma_unmap(vfu_dev *dev, const vfu_msg *request, vfux_answer *answer)
+{
+    uint64_t iova = request->u.dma_unmap.address, size = request->u.dma_unmap.size;
+    uint32_t flags = request->u.dma_unmap.flags;
+    int count;
+    if (flags & ~VFU_DMA_UNMAP_ALL) {
+        dev->why = "a flag that isn't supported";
+        return -EINVAL;
+    }
+    if (flags & VFU_DMA_UNMAP_ALL && (iova || size)) {
+        dev->why = "address and size must be 0 to unmap all";
+        return -EINVAL;
+    }
+    count = flags & VFU_DMA_UNMAP_ALL ? vfu_iommu_unmap_all(dev->iommu) : vfu_iommu_unmap(dev->iommu, iova, size);
+    if (count < 0) {
+        dev->why = count == -EINVAL ? "the range is empty, wraps, is unaligned or splits a mapping" : "the range is held";
+        return count;
+    }
+    vfux_dma_end_unmapped(dev);
+    answer->msg.u.dma_unmap.argsz = sizeof(vfu_wire_dma_unmap);
+    answer->msg.u.dma_unmap.flags = flags;
+    answer->msg.u.dma_unmap.address = iova;
+    answer->msg.u.dma_unmap.size = size;
+    return 0;
+}
+
+/* ---- GET_INFO, GET_REGION_INFO, GET_IRQ_INFO ---------------------------------------------------------------------------------------------- */
+
+static int vfux_on_device_info(vfu_dev *dev, const vfu_msg *request, vfux_answer *answer)
+{
+    if (request->u.device_info.argsz < sizeof(vfu_wire_device_info)) {
+        dev->why = "argsz is too small";
+        return -EINVAL;
+    }
+    answer->msg.u.device_info.argsz = sizeof(vfu_wire_device_info);
+    answer->msg.u.device_info.flags = VFU_DEVICE_INFO_PCI | VFU_DEVICE_INFO_RESET;
+    answer->msg.u.device_info.num_regions = VFUX_REGIONS;
+    answer->msg.u.device_info.num_irqs = VFU_PCI_NUM_IRQS;
+    return 0;
+}
+
+static uint64_t vfux_region_size(const vfu_dev *dev, uint32_t region)
+{
+    if (region < 6)
+        return dev->desc.pci.bar[region].size;
+    return region == VFU_PCI_REGION_ROM ? dev->desc.pci.rom_size : region == VFU_PCI_REGION_CONFIG ? dev->pci.size : 0;
+}
+
+static int vfux_on_region_info(vfu_dev *dev, const vfu_msg *request, vfux_answer *answer)
+{
+    uint32_t index = request->u.region_info.index, argsz = request->u.region_info.argsz;
+    if (argsz < sizeof(vfu_wire_region_info) || index >= VFUX_REGIONS) {
+        dev->why = index >= VFUX_REGIONS ? "no such region" : "argsz is too small";
+        return -EINVAL;
+    }
+    uint64_t size = vfux_region_size(dev, index);
+    answer->msg.u.region_info.argsz = sizeof(vfu_wire_region_info);
+    answer->msg.u.region_info.index = index;
+    answer->msg.u.region_info.size = size;
+    if (!size)
+        return 0;
+    answer->msg.u.region_info.flags = VFU_REGION_INFO_READ | (index == VFU_PCI_REGION_ROM ? 0 : VFU_REGION_INFO_WRITE);
+    if (index >= 6 || !dev->desc.share[index])
+        return 0;
+    answer->msg.u.region_info.flags |= VFU_REGION_INFO_MMAP;
+    answer->msg.u.region_info.offset = dev->shares[index].offset;
+    answer->fd = dev->shares[index].fd;
+    if (!dev->area_counts[index])
+        return 0;
+    int err = vfu_msg_set_region_caps(&answer->msg, argsz, NULL, dev->areas[index], dev->area_counts[index], dev->data,
+                                      dev->desc.max_data_xfer_size);
+    if (answer->msg.u.region_info.truncated)
+        answer->fd = -1; /* the client asks again */
+    return err;
+}
+
+static int vfux_on_irq_info(vfu_dev *dev, const vfu_msg *request, vfux_answer *answer)
+{
+    uint32_t index = request->u.irq_info.index;
+    if (request->u.irq_info.argsz < sizeof(vfu_wire_irq_info) || index >= VFU_PCI_NUM_IRQS) {
+        dev->why = index >= VFU_PCI_NUM_IRQS ? "no such IRQ index" : "argsz is too small";
+        return -EINVAL;
+    }
+    answer->msg.u.irq_info.argsz = sizeof(vfu_wire_irq_info);
+    answer->msg.u.irq_info.index = index;
+    answer->msg.u.irq_info.count = dev->irq_counts[index];
+    answer->msg.u.irq_info.flags = VFU_IRQ_INFO_EVENTFD | (index == VFU_PCI_IRQ_INTX ? VFU_IRQ_INFO_MASKABLE | VFU_IRQ_INFO_AUTOMASKED : 0);
+    return 0;
+}
+
+/* ---- SET_IRQS ---------------------------------------------------------------------------------------------------------------------------------- */
+
+/* Descriptors for [start, start + count): as many as interrupts, or none, which de-assigns exactly these. */
+static int vfux_irqs_assign(vfu_dev *dev, uint32_t index, uint32_t start, uint32_t count)
+{
+    if (dev->frame.fd_count && dev->frame.fd_count != count) {
+        dev->why = "neither a descriptor for each interrupt nor none";
+        return -EINVAL;
+    }
+    for (unsigned i = 0; i < dev->frame.fd_count; i++) {
+        if (!vfux_is_eventfd(dev->frame.fds[i])) {
+            dev->why = "a descriptor is no eventfd";
+            return -EINVAL;
+        }
+    }
+    for (uint32_t i = 0; i < count; i++) {
+        int fd = dev->frame.fd_count ? dev->frame.fds[i] : -1;
+        vfux_irq_assign(dev, dev->irq_first[index] + start + i, fd);
+        if (fd >= 0)
+            dev->frame.fds[i] = -1; /* taken */
+    }
+    if (index == VFU_PCI_IRQ_INTX && count)
+        vfux_intx_unmask(dev);
+    return 0;
+}
+
+/* Mask, unmask and their descriptors: INTx is the only maskable index, and has one interrupt. */
+static int vfux_intx_action(vfu_dev *dev, const vfu_msg *request)
+{
+    uint32_t flags = request->u.irq_set.flags;
+    bool chosen = request->u.irq_set.count && (!(flags & VFU_IRQ_SET_DATA_BOOL) || request->u.irq_set.data[0]);
+    if (request->u.irq_set.index != VFU_PCI_IRQ_INTX) {
+        dev->why = "this IRQ index can't be masked";
+        return -ENOTTY;
+    }
+    if (flags & VFU_IRQ_SET_DATA_EVENTFD) {
+        bool is_unmask = flags & VFU_IRQ_SET_ACTION_UNMASK;
+        if (!is_unmask || dev->frame.fd_count > 1 || (dev->frame.fd_count && !vfux_is_eventfd(dev->frame.fds[0]))) {
+            dev->why = is_unmask ? "not one eventfd" : "no eventfd tells of masking";
+            return is_unmask ? -EINVAL : -ENOTTY;
+        }
+        vfux_close(&dev->intx.unmask_fd);
+        if (dev->frame.fd_count) {
+            dev->intx.unmask_fd = dev->frame.fds[0];
+            dev->frame.fds[0] = -1; /* taken */
+        }
+    } else if (chosen && flags & VFU_IRQ_SET_ACTION_MASK) {
+        dev->intx.masked = true;
+    } else if (chosen) {
+        vfux_intx_unmask(dev);
+    }
+    return 0;
+}
+
+static int vfux_on_set_irqs(vfu_dev *dev, const vfu_msg *request, vfux_answer *answer)
+{
+    uint32_t flags = request->u.irq_set.flags, index = request->u.irq_set.index, start = request->u.irq_set.start;
+    uint32_t count = request->u.irq_set.count;
+    (void)answer;
+    if (index >= VFU_PCI_NUM_IRQS || start > dev->irq_counts[index] || count > dev->irq_counts[index] - start) {
+        dev->why = "no such interrupt";
+        return -EINVAL;
+    }
+    if (!(flags & VFU_IRQ_SET_DATA_EVENTFD) && dev->frame.fd_count) {
+        dev->why = "descriptors where none belong";
+        return -EINVAL;
+    }
+    bool disables_all = flags & VFU_IRQ_SET_DATA_NONE && flags & VFU_IRQ_SET_ACTION_TRIGGER && !count && !start;
+    if (!count && !disables_all) {
+        dev->why = "no interrupts are named";
+        return -EINVAL;
+    }
+    if (!(flags & VFU_IRQ_SET_ACTION_TRIGGER))
+        return vfux_intx_action(dev, request);
+    if (disables_all)
+        return vfux_irqs_assign(dev, index, 0, dev->irq_counts[index]);
+    if (flags & VFU_IRQ_SET_DATA_EVENTFD)
+        return vfux_irqs_assign(dev, index, start, count);
+    for (uint32_t i = 0; i < count; i++) /* the client tries its own interrupts */
+        if (!(flags & VFU_IRQ_SET_DATA_BOOL) || request->u.irq_set.data[i])
+            vfux_irq_signal(dev, dev->irq_first[index] + start + i);
+    return 0;
+}
+
+/* ---- REGION_READ, REGION_WRITE, REGION_WRITE_MULTI, DEVICE_RESET ----------------------------------------------------------------------------- */
+
+static void vfux_reset(vfu_dev *dev, vfu_reset_kind kind)
+{
+    vfux_dma_forget_all(dev);
+    vfu_pci_reset(&dev->pci);
+    if (dev->msix_size)
+        memset(dev->msix_table, 0, dev->msix_size);
+    dev->intx.level = false;
+    vfux_intx_update(dev);
+    dev->work_wanted = false;
+    if (dev->desc.callbacks.reset)
+        dev->desc.callbacks.reset(dev->desc.ctx, kind);
+}
+
+static int vfux_on_reset(vfu_dev *dev, const vfu_msg *request, vfux_answer *answer)
+{
+    (void)request, (void)answer;
+    vfux_reset(dev, VFU_RESET_BY_CLIENT);
+    return 0;
+}
+
+static void vfux_config_write(vfu_dev *dev, uint32_t offset, const uint8_t *data, uint32_t count)
+{
+    unsigned changed = vfu_pci_write(&dev->pci, offset, data, count);
+    if (changed & VFU_PCI_ASKED_FLR) {
+        vfux_reset(dev, VFU_RESET_BY_FUNCTION);
+        return;
+    }
+    if (changed & VFU_PCI_CHANGED_COMMAND)
+        vfux_intx_update(dev);
+    if (changed && dev->desc.callbacks.config_written)
+        dev->desc.callbacks.config_written(dev->desc.ctx, changed);
+}
+
+/* The part of [offset, offset + len) that lies in the table or PBA at [at, at + size): where it starts in the access, and its length. */
+static uint32_t vfux_overlap(uint64_t offset, uint32_t len, uint64_t at, uint64_t size, uint32_t *skip)
+{
+    uint64_t first = vfux_max(offset, at), end = vfux_min(offset + len, at + size);
+    *skip = first < end ? (uint32_t)(first - offset) : 0;
+    return first < end ? (uint32_t)(end - first) : 0;
+}
+
+/* Does an access touch the MSI-X table or the PBA? The table is storage, the PBA is read-only and zero: clients virtualise both. */
+static bool vfux_msix_access(vfu_dev *dev, uint32_t region, uint64_t offset, uint8_t *in, const uint8_t *out, uint32_t len)
+{
+    uint32_t skip = 0, table = 0, pba = 0;
+    if (!dev->msix_size)
+        return false;
+    if (region == dev->desc.pci.msix.pba_bar)
+        pba = vfux_overlap(offset, len, dev->desc.pci.msix.pba_offset, (dev->msix_size / 16 + 63) / 64 * 8, &skip);
+    if (region == dev->desc.pci.msix.table_bar)
+        table = vfux_overlap(offset, len, dev->desc.pci.msix.table_offset, dev->msix_size, &skip);
+    if (in && (table || pba))
+        memset(in, 0, len);
+    if (in && table)
+        memcpy(in + skip, dev->msix_table + (offset + skip - dev->desc.pci.msix.table_offset), table);
+    if (out && table)
+        memcpy(dev->msix_table + (offset + skip - dev->desc.pci.msix.table_offset), out + skip, table);
+    return table || pba;
+}
+
+static int vfux_check_access(vfu_dev *dev, uint32_t region, uint64_t offset, uint32_t count)
+{
+    uint64_t size = region < VFUX_REGIONS ? vfux_region_size(dev, region) : 0;
+    dev->why = !size ? "no such region" : "outside of the region";
+    if (!size || count > size || offset > size - count)
+        return -EINVAL;
+    dev->why = "more than max_data_xfer_size";
+    return count > dev->desc.max_data_xfer_size ? -EINVAL : 0;
+}
+
+static int vfux_region_write(vfu_dev *dev, uint32_t region, uint64_t offset, const uint8_t *data, uint32_t count)
+{
+    int err = vfux_check_access(dev, region, offset, count);
+    if (!err && region == VFU_PCI_REGION_ROM) {
+        dev->why = "the region is read-only";
+        err = -EINVAL;
+    }
+    if (err || !count)
+        return err;
+    if (region == VFU_PCI_REGION_CONFIG)
+        vfux_config_write(dev, (uint32_t)offset, data, count);
+    else if (!vfux_msix_access(dev, region, offset, NULL, data, count) && dev->desc.callbacks.region_write)
+        err = dev->desc.callbacks.region_write(dev->desc.ctx, region, offset, data, count);
+    dev->why = "the device refused it";
+    return err;
+}
+
+static int vfux_on_region_write(vfu_dev *dev, const vfu_msg *request, vfux_answer *answer)
+{
+    answer->msg.u.region.offset = request->u.region.offset;
+    answer->msg.u.region.region = request->u.region.region;
+    answer->msg.u.region.count = request->u.region.count;
+    return vfux_region_write(dev, request->u.region.region, request->u.region.offset, request->u.region.data, request->u.region.count);
+}
+
+static int vfux_on_region_read(vfu_dev *dev, const vfu_msg *request, vfux_answer *answer)
+{
+    uint32_t region = request->u.region.region, count = request->u.region.count;
+    uint64_t offset = request->u.region.offset;
+    int err = vfux_check_access(dev, region, offset, count);
+    if (err)
+        return err;
+    answer->msg.u.region.offset = offset;
+    answer->msg.u.region.region = region;
+    answer->msg.u.region.count = answer->msg.u.region.data_len = count;
+    answer->msg.u.region.data = dev->data;
+    if (!count)
+        return 0;
+    if (region == VFU_PCI_REGION_CONFIG)
+        vfu_pci_read(&dev->pci, (uint32_t)offset, dev->data, count);
+    else if (vfux_msix_access(dev, region, offset, dev->data, NULL, count))
+        return 0;
+    else if (dev->desc.callbacks.region_read)
+        err = dev->desc.callbacks.region_read(dev->desc.ctx, region, offset, dev->data, count);
+    else
+        memset(dev->data, 0, count);
+    dev->why = "the device refused it";
+    return err;
+}
+
+static int vfux_on_write_multi(vfu_dev *dev, const vfu_msg *request, vfux_answer *answer)
+{
+    uint64_t done = 0;
+    int err = 0;
+    for (vfu_wire_write_one one; done < request->u.write_multi.count && !err; done += !err) {
+        err = vfu_msg_write_one(request, done, &one);
+        if (!err)
+            err = vfux_region_write(dev, one.region, one.offset, one.data, one.count);
+    }
+    answer->msg.u.write_multi.count = done;
+    return err;
+}
+
+/* ---- dispatch ------------------------------------------------------------------------------------------------------------------------------------ */
+
+static vfux_handler *vfux_handler_of(uint16_t cmd)
+{
+    switch (cmd) {
+    case VFU_CMD_VERSION: return vfux_on_version;
+    case VFU_CMD_DMA_MAP: return vfux_on_dma_map;
+    case VFU_CMD_DMA_UNMAP: return vfux_on_dma_unmap;
+    case VFU_CMD_DEVICE_GET_INFO: return vfux_on_device_info;
+    case VFU_CMD_DEVICE_GET_REGION_INFO: return vfux_on_region_info;
+    case VFU_CMD_DEVICE_GET_IRQ_INFO: return vfux_on_irq_info;
+    case VFU_CMD_DEVICE_SET_IRQS: return vfux_on_set_irqs;
+    case VFU_CMD_REGION_READ: return vfux_on_region_read;
+    case VFU_CMD_REGION_WRITE: return vfux_on_region_write;
+    case VFU_CMD_REGION_WRITE_MULTI: return vfux_on_write_multi;
+    case VFU_CMD_DEVICE_RESET: return vfux_on_reset;
+    default: return NULL;
+    }
+}
+
+static void vfux_trace(vfu_dev *dev, vfu_level level, const vfu_msg *msg, int err)
+{
+    char line[VFUX_LINE_MAX];
+    if (!vfux_says(&dev->desc.logger, level))
+        return;
+    vfu_msg_render(msg, line, sizeof(line));
+    if (!err)
+        vfux_say(&dev->desc.logger, level, "%s", line);
+    else
+        vfux_warn(dev, "%s: %s: %s", line, vfu_errno_name(err), dev->why ? dev->why : "refused");
+}
+
+/* Handles one command and answers it. Negative: the connection is over. */
+static int vfux_dev_command(vfu_dev *dev, const vfu_msg *request, int decoded)
+{
+    vfux_answer answer = {.fd = -1};
+    bool first = !dev->greeted;
+    vfu_msg_init_reply(&answer.msg, request, 0);
+    dev->why = decoded == -ENOSYS ? "no such command" : decoded ? "its payload is too short, too long or contradicts itself" : NULL;
+    int err = decoded;
+    if (!err && first && request->cmd != VFU_CMD_VERSION) {
+        dev->why = "VERSION has to come first";
+        err = -EINVAL;
+    }
+    if (!err && dev->frame.fds_refused) {
+        dev->why = "more descriptors than negotiated";
+        err = -EINVAL;
+    }
+    if (!err) {
+        vfux_handler *handler = vfux_handler_of(request->cmd);
+        dev->why = "the command isn't supported";
+        vfux_trace(dev, VFU_LEVEL_TRACE, request, 0);
+        err = handler ? handler(dev, request, &answer) : -EOPNOTSUPP;
+    }
+    if (err) {
+        vfux_trace(dev, VFU_LEVEL_WARNING, request, err);
+        vfu_msg_init_reply(&answer.msg, request, err);
+        answer.fd = -1;
+    }
+    if (vfu_msg_wants_reply(request)) {
+        int sent = vfux_conn_send_msg(dev->conn, &answer.msg, &answer.fd, answer.fd >= 0);
+        if (sent)
+            return sent;
+    }
+    return first && err ? -EPROTO : 0;
+}
+
+/* Handles one message. Negative: the connection is over. */
+static int vfux_dev_message(vfu_dev *dev)
+{
+    vfu_msg msg;
+    int decoded = vfu_msg_decode_dma(dev->frame.bytes, dev->frame.len, dev->layout, &msg);
+    if (decoded == -EBADMSG)
+        return decoded;
+    if (!vfu_msg_is_reply(&msg))
+        return vfux_dev_command(dev, &msg, decoded);
+    if (!dev->greeted)
+        return -EBADMSG;
+    if (decoded == -EINVAL && msg.cmd == VFU_CMD_DMA_READ && dev->layout == VFU_DMA_LAYOUT_AUTO)
+        decoded = vfu_msg_decode_dma(dev->frame.bytes, dev->frame.len, VFU_DMA_LAYOUT_SPEC, &msg); /* both would fit: by the book */
+    vfux_dma_replied(dev, &msg, decoded);
+    return 0;
+}
+
+/* ---- life cycle ------------------------------------------------------------------------------------------------------------------------------------ */
+
+static void vfux_dev_drop_client(vfu_dev *dev)
+{
+    if (!dev->conn)
+        return;
+    vfux_dma_forget_all(dev);
+    if (dev->greeted && dev->desc.callbacks.disconnected)
+        dev->desc.callbacks.disconnected(dev->desc.ctx);
+    vfux_irqs_release(dev);
+    dev->intx.level = false;
+    vfu_pci_disconnect(&dev->pci);
+    while (vfu_iommu_unmap_all(dev->iommu) < 0)
+        vfux_say(&dev->desc.logger, VFU_LEVEL_ERROR, "the device still holds memory of a client that has left");
+    vfux_close_all(dev->frame.fds, dev->frame.fd_count);
+    dev->frame.fd_count = 0;
+    vfu_conn_destroy(dev->conn);
+    dev->conn = NULL;
+    dev->greeted = dev->work_wanted = dev->more = false;
+    dev->layout = VFU_DMA_LAYOUT_AUTO;
+}
+
+/* Takes a connected socket for the client. */
+static int vfux_dev_take_client(vfu_dev *dev, int fd)
+{
+    vfu_conn_desc desc = {.fd = fd, .max_msg = dev->desc.max_data_xfer_size + VFUX_PAGE, .alloc = dev->desc.alloc};
+    int err = vfu_conn_create(&dev->conn, &desc);
+    dev->greeting_until = vfux_now_ms() + dev->desc.greeting_ms;
+    dev->warnings = 0;
+    return err;
+}
+
+static void vfux_dev_accept(vfu_dev *dev)
+{
+    int fd = vfu_sock_accept(dev->listener);
+    if (fd == -EAGAIN)
+        return;
+    int err = fd < 0 ? fd : vfux_dev_take_client(dev, fd);
+    if (err)
+        vfux_say(&dev->desc.logger, VFU_LEVEL_ERROR, "a client can't be accepted: %s", vfu_errno_name(err));
+}
+
+/* Handles the messages that are there. Negative: the connection is over. */
+static int vfux_dev_receive(vfu_dev *dev)
+{
+    int err = vfu_conn_flush(dev->conn);
+    if (err && err != -EAGAIN)
+        return err;
+    dev->more = false;
+    int received = vfu_conn_receive(dev->conn);
+    unsigned handled = 0;
+    while (!vfu_conn_is_waiting(dev->conn)) {
+        int got = vfu_conn_next(dev->conn, &dev->frame);
+        if (got == 0)
+            break;
+        err = got < 0 ? got : vfux_dev_message(dev);
+        if (err)
+            return err;
+        if (++handled == VFUX_BUDGET) {
+            dev->more = true;
+            break;
+        }
+    }
+    return received < 0 && received != -EAGAIN && received != -ENOBUFS ? (dev->more ? 0 : received) : 0;
+}
+
+VFU_API int vfu_dev_poll(vfu_dev *dev)
+{
+    if (!dev->conn && dev->listener >= 0)
+        vfux_dev_accept(dev);
+    if (dev->conn) {
+        int err = vfux_dev_receive(dev);
+        if (!err && !dev->greeted && vfux_now_ms() >= dev->greeting_until)
+            err = -ETIMEDOUT;
+        if (err) {
+            if (err != -EPIPE && err != -ECONNRESET)
+                vfux_warn(dev, "the client is dropped: %s", vfu_errno_name(err));
+            vfux_dev_drop_client(dev);
+            if (dev->listener >= 0)
+                vfux_dev_accept(dev);
+        }
+    }
+    if (dev->conn && dev->greeted) {
+        vfux_intx_check_unmask(dev);
+        if (dev->work_wanted) {
+            dev->work_wanted = false;
+            if (dev->desc.callbacks.work && dev->desc.callbacks.work(dev->desc.ctx))
+                dev->work_wanted = true;
+        }
+        vfux_dma_pump(dev);
+    }
+    return dev->conn || dev->listener >= 0 ? 0 : -ENOTCONN;
+}
+
+VFU_API unsigned vfu_dev_fds(vfu_dev *dev, vfu_pollfd fds[VFU_DEV_FDS])
+{
+    unsigned count = 0;
+    fds[count++] = (vfu_pollfd){dev->wake_fd, POLLIN};
+    if (dev->conn) {
+        short events = vfu_conn_is_waiting(dev->conn) ? POLLOUT : 0;
+        fds[count++] = (vfu_pollfd){vfu_conn_fd(dev->conn), (short)(events | (vfux_conn_has_room(dev->conn) ? POLLIN : 0))};
+        if (dev->intx.unmask_fd >= 0 && dev->intx.masked)
+            fds[count++] = (vfu_pollfd){dev->intx.unmask_fd, POLLIN};
+    } else if (dev->listener >= 0) {
+        fds[count++] = (vfu_pollfd){dev->listener, POLLIN};
+    }
+    return count;
+}
+
+VFU_API int vfu_dev_timeout(vfu_dev *dev)
+{
+    if (!dev->conn)
+        return -1;
+    if (dev->more || dev->work_wanted)
+        return 0;
+    if (dev->greeted)
+        return -1;
+    uint64_t now = vfux_now_ms();
+    return now >= dev->greeting_until ? 0 : (int)(dev->greeting_until - now);
+}
+
+VFU_API int vfu_dev_run(vfu_dev *dev)
+{
+    int err = 0;
+    while (!atomic_load(&dev->stopped) && !err) {
+        vfu_pollfd wanted[VFU_DEV_FDS];
+        struct pollfd fds[VFU_DEV_FDS];
+        unsigned count = vfu_dev_fds(dev, wanted);
+        for (unsigned i = 0; i < count; i++)
+            fds[i] = (struct pollfd){.fd = wanted[i].fd, .events = wanted[i].events};
+        if (poll(fds, count, vfu_dev_timeout(dev)) < 0 && errno != EINTR)
+            return -errno;
+        err = vfu_dev_poll(dev);
+    }
+    atomic_store(&dev->stopped, false);
+    uint64_t count;
+    while (read(dev->wake_fd, &count, sizeof(count)) < 0 && errno == EINTR) {
+    }
+    return err == -ENOTCONN ? 0 : err;
+}
+
+VFU_API void vfu_dev_stop(vfu_dev *dev)
+{
+    int saved = errno;
+    uint64_t one = 1;
+    atomic_store(&dev->stopped, true);
+    while (write(dev->wake_fd, &one, sizeof(one)) < 0 && errno == EINTR) {
+    }
+    errno = saved;
+}
+
+/* Copies what the descriptor points to. */
+static int vfux_dev_copy_shares(vfu_dev *dev)
+{
+    for (unsigned i = 0; i < 6; i++) {
+        const vfu_region_share *share = dev->desc.share[i];
+        if (!share)
+            continue;
+        if (!dev->desc.pci.bar[i].size || share->area_count > VFUX_AREAS || (share->area_count && !share->areas))
+            return -EINVAL;
+        dev->shares[i] = *share;
+        dev->area_counts[i] = share->area_count;
+        if (!share->area_count)
+            continue;
+        size_t size = share->area_count * sizeof(*share->areas);
+        if (!(dev->areas[i] = vfux_allocate(&dev->desc.alloc, size)))
+            return -ENOMEM;
+        memcpy(dev->areas[i], share->areas, size);
+    }
+    return 0;
+}
+
+static int vfux_dev_create_irqs(vfu_dev *dev)
+{
+    const vfu_pci_desc *pci = &dev->desc.pci;
+    dev->irq_counts[VFU_PCI_IRQ_INTX] = pci->interrupt_pin ? 1 : 0;
+    dev->irq_counts[VFU_PCI_IRQ_MSIX] = pci->msix.vectors;
+    dev->irq_counts[VFU_PCI_IRQ_ERR] = dev->irq_counts[VFU_PCI_IRQ_REQ] = 1;
+    for (unsigned i = 0; i < VFU_PCI_NUM_IRQS; i++) {
+        dev->irq_first[i] = dev->irq_total;
+        dev->irq_total += dev->irq_counts[i];
+    }
+    dev->msix_size = pci->msix.vectors * (size_t)16;
+    dev->irqs = vfux_allocate(&dev->desc.alloc, dev->irq_total * sizeof(*dev->irqs));
+    dev->msix_table = dev->msix_size ? vfux_allocate_zero(&dev->desc.alloc, dev->msix_size) : NULL;
+    if (!dev->irqs || (dev->msix_size && !dev->msix_table))
+        return -ENOMEM;
+    for (uint32_t i = 0; i < dev->irq_total; i++)
+        atomic_init(&dev->irqs[i], -1);
+    return 0;
+}
+
+static int vfux_dev_create_iommu(vfu_dev *dev)
+{
+    vfu_iommu_desc desc = {
+        .max_mappings = dev->desc.max_dma_maps,
+        .max_readers = dev->desc.max_readers + 1,
+        .granule = VFUX_PAGE,
+        .alloc = dev->desc.alloc,
+        .ctx = dev,
+        .removed = vfux_mapping_removed,
+        .guard = vfux_guard,
+    };
+    int err = vfu_iommu_create(&dev->iommu, &desc);
+    return err ? err : vfu_iommu_reader_open(dev->iommu, &dev->reader);
+}
+
+VFU_API int vfu_dev_create(vfu_dev **out, const vfu_dev_desc *desc)
+{
+    *out = NULL;
+    vfu_dev *dev = vfux_allocate_zero(&desc->alloc, sizeof(*dev));
+    if (!dev)
+        return -ENOMEM;
+    dev->desc = *desc;
+    dev->listener = dev->wake_fd = dev->intx.unmask_fd = -1;
+    if (!dev->desc.max_data_xfer_size)
+        dev->desc.max_data_xfer_size = VFUX_XFER_DEFAULT;
+    if (!dev->desc.max_dma_maps)
+        dev->desc.max_dma_maps = 65535;
+    if (!dev->desc.max_readers)
+        dev->desc.max_readers = 15;
+    if (!dev->desc.greeting_ms)
+        dev->desc.greeting_ms = VFUX_GREETING_MS;
+    int err = dev->desc.max_data_xfer_size < VFUX_PAGE || dev->desc.max_data_xfer_size > VFUX_XFER_MAX ? -EINVAL : 0;
+    if (!err)
+        err = vfu_pci_build(&dev->pci, &dev->desc.pci);
+    if (!err)
+        err = vfux_dev_copy_shares(dev);
+    if (!err)
+        err = vfux_dev_create_irqs(dev);
+    if (!err)
+        err = vfux_dev_create_iommu(dev);
+    if (!err && !(dev->data = vfux_allocate(&dev->desc.alloc, dev->desc.max_data_xfer_size)))
+        err = -ENOMEM;
+    if (!err && (dev->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) < 0)
+        err = -errno;
+    if (err) {
+        vfu_dev_destroy(dev);
+        return err;
+    }
+    *out = dev;
+    return 0;
+}
+
+VFU_API void vfu_dev_destroy(vfu_dev *dev)
+{
+    if (!dev)
+        return;
+    vfux_dev_drop_client(dev);
+    vfux_close(&dev->listener);
+    vfux_close(&dev->wake_fd);
+    vfu_alloc alloc = dev->desc.alloc;
+    if (dev->path) {
+        struct stat st;
+        if (lstat(dev->path, &st) == 0 && st.st_dev == dev->path_dev && st.st_ino == dev->path_ino)
+            unlink(dev->path);
+        vfux_free(&alloc, dev->path, strlen(dev->path) + 1);
+    }
+    vfu_iommu_reader_close(dev->reader);
+    vfu_iommu_destroy(dev->iommu);
+    for (unsigned i = 0; i < 6; i++)
+        vfux_free(&alloc, dev->areas[i], dev->area_counts[i] * sizeof(*dev->areas[i]));
+    vfux_free(&alloc, (void *)dev->irqs, dev->irq_total * sizeof(*dev->irqs));
+    vfux_free(&alloc, dev->msix_table, dev->msix_size);
+    vfux_free(&alloc, dev->data, dev->desc.max_data_xfer_size);
+    vfux_free(&alloc, dev, sizeof(*dev));
+}
+
+VFU_API int vfu_dev_listen(vfu_dev *dev, const char *path)
+{
+    struct stat st;
+    if (dev->listener >= 0 || dev->conn)
+        return -EBUSY;
+    char *copy = vfux_allocate(&dev->desc.alloc, strlen(path) + 1);
+    if (!copy)
+        return -ENOMEM;
+    memcpy(copy, path, strlen(path) + 1);
+    int fd = vfu_sock_listen(path);
+    if (fd < 0 || lstat(path, &st) < 0) {
+        vfux_free(&dev->desc.alloc, copy, strlen(path) + 1);
+        int err = fd < 0 ? fd : -errno;
+        vfux_close(&fd);
+        return err;
+    }
+    dev->listener = fd;
+    dev->path = copy;
+    dev->path_dev = st.st_dev;
+    dev->path_ino = st.st_ino;
+    return 0;
+}
+
+VFU_API int vfu_dev_attach(vfu_dev *dev, int fd)
+{
+    int listening = 0;
+    socklen_t len = sizeof(listening);
+    int err = dev->listener >= 0 || dev->conn ? -EBUSY : 0;
+    if (!err && getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listening, &len) < 0)
+        err = -errno;
+    if (!err && listening && fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK) < 0)
+        err = -errno;
+    if (!err && listening && fcntl(fd, F_SETFD, FD_CLOEXEC) < 0)
+        err = -errno;
+    if (err)
+        close(fd);
+    else if (listening)
+        dev->listener = fd;
+    else
+        err = vfux_dev_take_client(dev, fd);
+    return err;
+}
+
+VFU_API void vfu_dev_want_work(vfu_dev *dev) { dev->work_wanted = true; }
+VFU_API const vfu_pci *vfu_dev_pci(vfu_dev *dev) { return &dev->pci; }
+VFU_API vfu_iommu *vfu_dev_iommu(vfu_dev *dev) { return dev->iommu; }
+VFU_API vfu_iommu_reader *vfu_dev_reader(vfu_dev *dev) { return dev->reader; }
+
+VFU_API int vfu_dev_raise(vfu_dev *dev, uint32_t index, uint32_t vector)
+{
+    if (index == VFU_PCI_IRQ_INTX || index >= VFU_PCI_NUM_IRQS || vector >= dev->irq_counts[index])
+        return -EINVAL;
+    return vfux_irq_signal(dev, dev->irq_first[index] + vector);
+}
+
+VFU_API void vfu_dev_set_intx(vfu_dev *dev, bool level)
+{
+    dev->intx.level = level;
+    vfux_intx_update(dev);
+}
+
+/* ==== client ============================================================================================================= */
+
+struct vfu_client {
+    vfu_client_desc desc; /* with the defaults filled in */
+    vfu_conn *conn;       /* NULL: of no more use */
+    vfu_frame frame;
+    vfu_caps server;
+    uint32_t server_xfer; /* bytes of data that the server takes in one message */
+    uint16_t next_id;
+    vfu_iommu *iommu;
+    vfu_iommu_reader *reader;
+    uint8_t *data; /* max_data_xfer_size bytes, for DMA_READ */
+};
+
+/* The connection is of no more use. */
+static int vfux_client_break(vfu_client *client, int err, const char *why)
+{
+    if (err == -EPROTO || err == -ETIMEDOUT)
+        vfux_say(&client->desc.logger, VFU_LEVEL_WARNING, "the server is given up: %s", why);
+    vfux_close_all(client->frame.fds, client->frame.fd_count);
+    client->frame.fd_count = 0;
+    vfu_conn_destroy(client->conn);
+    client->conn = NULL;
+    return err;
+}
+
+/* Serves DMA_READ or DMA_WRITE from the client's own table: 0, or the negative errno of the error reply. */
+static int vfux_client_access(vfu_client *client, const vfu_msg *command, vfu_msg *reply)
+{
+    uint64_t iova = command->u.dma.address, count = command->u.dma.count;
+    int err;
+    if (command->cmd != VFU_CMD_DMA_READ && command->cmd != VFU_CMD_DMA_WRITE)
+        return -ENOSYS;
+    if (count > client->desc.max_data_xfer_size)
+        return -E2BIG;
+    reply->u.dma.address = iova;
+    reply->u.dma.count = count;
+    if (command->cmd == VFU_CMD_DMA_WRITE) {
+        reply->u.dma.ack_len = sizeof(vfu_wire_dma_access);
+        err = vfu_iommu_write(client->reader, iova, command->u.dma.data, (size_t)count);
+    } else {
+        err = vfu_iommu_read(client->reader, iova, client->data, (size_t)count);
+        reply->u.dma.data = client->data;
+        reply->u.dma.data_len = (uint32_t)count;
+    }
+    return err;
+}
+
+/* Answers a command of the server. */
+static int vfux_client_command(vfu_client *client, const vfu_msg *command, int decoded)
+{
+    vfu_msg reply;
+    vfu_msg_init_reply(&reply, command, 0);
+    int err = decoded ? decoded : vfux_client_access(client, command, &reply);
+    if (err) {
+        vfux_say(&client->desc.logger, VFU_LEVEL_INFO, "%s of the device is refused: %s", vfu_cmd_name(command->cmd), vfu_errno_name(err));
+        vfu_msg_init_reply(&reply, command, err);
+    }
+    if (!vfu_msg_wants_reply(command))
+        return 0;
+    err = vfux_conn_send_msg(client->conn, &reply, NULL, 0);
+    return err == -EAGAIN ? vfux_client_break(client, -EPROTO, "it asks and doesn't take the answers") : err ? vfux_client_break(client, err, "") : 0;
+}
+
+/* Takes the next message that is there; commands are answered at once. 1: *msg is a reply; 0: nothing complete is there. */
+static int vfux_client_next(vfu_client *client, vfu_msg *msg, int *decoded)
+{
+    for (;;) {
+        int got = vfu_conn_next(client->conn, &client->frame);
+        if (got < 0)
+            return vfux_client_break(client, -EPROTO, "a message has an impossible size");
+        if (!got)
+            return 0;
+        *decoded = vfu_msg_decode_dma(client->frame.bytes, client->frame.len, VFU_DMA_LAYOUT_SPEC, msg);
+        if (*decoded == -EBADMSG)
+            return vfux_client_break(client, -EPROTO, "a message is neither command nor reply");
+        if (vfu_msg_is_reply(msg))
+            return 1;
+        int err = vfux_client_command(client, msg, *decoded);
+        if (err)
+            return err;
+    }
+}
+
+static int vfux_client_left_ms(uint64_t until)
+{
+    uint64_t now = vfux_now_ms();
+    return until == UINT64_MAX ? -1 : now >= until ? 0 : (int)(until - now);
+}
+
+/* Sends what waits and receives what comes, or waits for either. 1: wake_fd is readable; 0; -ETIMEDOUT; or the connection is broken. */
+static int vfux_client_wait(vfu_client *client, int wake_fd, uint64_t until)
+{
+    bool waiting = vfu_conn_is_waiting(client->conn);
+    struct pollfd fds[2] = {
+        {.fd = vfu_conn_fd(client->conn), .events = (short)(POLLIN | (waiting ? POLLOUT : 0))},
+        {.fd = wake_fd, .events = POLLIN},
+    };
+    int ready = poll(fds, wake_fd >= 0 ? 2 : 1, vfux_client_left_ms(until));
+    if (ready < 0)
+        return errno == EINTR ? 0 : -errno;
+    if (!ready)
+        return -ETIMEDOUT;
+    int err = vfu_conn_flush(client->conn);
+    if (!err || err == -EAGAIN)
+        err = fds[0].revents & (POLLIN | POLLHUP | POLLERR) ? vfu_conn_receive(client->conn) : 0;
+    if (err < 0 && err != -EAGAIN && err != -ENOBUFS)
+        return vfux_client_break(client, err == -EBADMSG ? -EPROTO : err, "descriptors were lost");
+    return fds[1].revents != 0;
+}
+
+VFU_API int vfu_client_call(vfu_client *client, vfu_msg *request, const int *fds, unsigned fd_count, vfu_msg *reply, int *received,
+                            unsigned max_received)
+{
+    int decoded, got;
+    for (unsigned i = 0; i < max_received; i++)
+        received[i] = -1;
+    if (!client->conn)
+        return -EPIPE;
+    request->id = client->next_id++;
+    request->flags = VFU_HDR_COMMAND;
+    uint64_t until = vfux_now_ms() + client->desc.timeout_ms;
+    int err = vfux_conn_send_msg(client->conn, request, fds, fd_count);
+    if (err == -EINVAL || err == -EMSGSIZE)
+        return -EINVAL; /* the caller's message */
+    if (err)
+        return vfux_client_break(client, err == -EAGAIN ? -EPROTO : err == -ECONNRESET ? -EPIPE : err, "it takes no more requests");
+    while ((got = vfux_client_next(client, reply, &decoded)) != 1 || reply->id != request->id) {
+        if (got < 0)
+            return got;
+        if (got) /* late: its request has timed out, or there was none */
+            return vfux_client_break(client, -EPROTO, "a reply to nothing that was asked");
+        err = vfux_client_wait(client, -1, until);
+        if (err == -ETIMEDOUT)
+            return vfux_client_break(client, err, "no reply in time");
+        if (err < 0)
+            return err == -ECONNRESET ? -EPIPE : err;
+    }
+    if (reply->cmd != request->cmd || decoded)
+        return vfux_client_break(client, -EPROTO, decoded ? "a reply is malformed" : "a reply is to another command");
+    for (unsigned i = 0; i < max_received && i < client->frame.fd_count; i++) {
+        received[i] = client->frame.fds[i];
+        client->frame.fds[i] = -1;
+    }
+    if (vfu_msg_is_error(reply))
+        return reply->error > 0 && reply->error < 4096 ? -(int)reply->error : -EIO;
+    return 0;
+}
+
+static int vfux_client_greet(vfu_client *client)
+{
+    char json[VFU_CAPS_WRITE_MAX];
+    vfu_caps own;
+    vfu_msg request, reply;
+    vfu_caps_defaults(&own);
+    own.present = VFU_CAPS_MAX_MSG_FDS | VFU_CAPS_MAX_DATA_XFER_SIZE | VFU_CAPS_MAX_DMA_MAPS | VFU_CAPS_PGSIZES | VFU_CAPS_WRITE_MULTIPLE;
+    own.max_msg_fds = VFU_FDS_MAX;
+    own.max_data_xfer_size = client->desc.max_data_xfer_size;
+    own.max_dma_maps = client->desc.max_dma_maps;
+    own.write_multiple = true;
+    int len = vfu_caps_write(&own, json, sizeof(json));
+    vfu_msg_init(&request, 0, VFU_CMD_VERSION);
+    request.u.version.json = json;
+    request.u.version.json_len = (uint32_t)len - 1;
+    int err = vfu_client_call(client, &request, NULL, 0, &reply, NULL, 0);
+    if (err)
+        return err;
+    if (reply.u.version.major != 0 || reply.u.version.minor != 0 ||
+        vfu_caps_parse(reply.u.version.json, reply.u.version.json_len, &client->server) != 0 || !client->server.max_data_xfer_size)
+        return vfux_client_break(client, -EPROTO, "its VERSION reply is of no use");
+    client->server_xfer = (uint32_t)vfux_min(client->server.max_data_xfer_size, client->desc.max_data_xfer_size);
+    return 0;
+}
+
+VFU_API int vfu_client_attach(vfu_client **out, int fd, const vfu_client_desc *given)
+{
+    vfu_client_desc desc = given ? *given : (vfu_client_desc){0};
+    vfu_client *client = NULL;
+    *out = NULL;
+    if (!desc.timeout_ms)
+        desc.timeout_ms = 5000;
+    if (!desc.max_data_xfer_size)
+        desc.max_data_xfer_size = VFUX_XFER_DEFAULT;
+    if (!desc.max_dma_maps)
+        desc.max_dma_maps = 65535;
+    int err = desc.max_data_xfer_size < VFUX_PAGE || desc.max_data_xfer_size > VFUX_XFER_MAX ? -EINVAL : 0;
+    if (!err && !(client = vfux_allocate_zero(&desc.alloc, sizeof(*client))))
+        err = -ENOMEM;
+    if (err) {
+        close(fd);
+        return err;
+    }
+    client->desc = desc;
+    vfu_conn_desc conn = {.fd = fd, .max_msg = desc.max_data_xfer_size + VFUX_PAGE, .alloc = desc.alloc};
+    vfu_iommu_desc iommu = {.max_mappings = desc.max_dma_maps, .max_readers = 1, .granule = VFUX_PAGE, .alloc = desc.alloc};
+    err = vfu_conn_create(&client->conn, &conn);
+    if (!err)
+        err = vfu_iommu_create(&client->iommu, &iommu);
+    if (!err)
+        err = vfu_iommu_reader_open(client->iommu, &client->reader);
+    if (!err && !(client->data = vfux_allocate(&desc.alloc, desc.max_data_xfer_size)))
+        err = -ENOMEM;
+    if (!err)
+        err = vfux_client_greet(client);
+    if (err) {
+        vfu_client_destroy(client);
+        return err;
+    }
+    *out = client;
+    return 0;
+}
+
+VFU_API int vfu_client_connect(vfu_client **out, const char *path, const vfu_client_desc *desc)
+{
+    int fd = vfu_sock_connect(path);
+    *out = NULL;
+    return fd < 0 ? fd : vfu_client_attach(out, fd, desc);
+}
+
+VFU_API void vfu_client_destroy(vfu_client *client)
+{
+    if (!client)
+        return;
+    if (client->conn)
+        vfux_client_break(client, 0, "");
+    vfu_iommu_reader_close(client->reader);
+    vfu_iommu_destroy(client->iommu);
+    vfu_alloc alloc = client->desc.alloc;
+    vfux_free(&alloc, client->data, client->desc.max_data_xfer_size);
+    vfux_free(&alloc, client, sizeof(*client));
+}
+
+VFU_API int vfu_client_fd(const vfu_client *client) { return client->conn ? vfu_conn_fd(client->conn) : -1; }
+VFU_API const vfu_caps *vfu_client_caps(const vfu_client *client) { return &client->server; }
+VFU_API vfu_iommu *vfu_client_iommu(vfu_client *client) { return client->iommu; }
+
+VFU_API int vfu_client_info(vfu_client *client, vfu_wire_device_info *out)
+{
+    vfu_msg request, reply;
+    vfu_msg_init(&request, 0, VFU_CMD_DEVICE_GET_INFO);
+    request.u.device_info.argsz = sizeof(vfu_wire_device_info);
+    int err = vfu_client_call(client, &request, NULL, 0, &reply, NULL, 0);
+    if (!err)
+        *out = (vfu_wire_device_info){
+            .argsz = reply.u.device_info.argsz,
+            .flags = reply.u.device_info.flags,
+            .num_regions = reply.u.device_info.num_regions,
+            .num_irqs = reply.u.device_info.num_irqs,
+        };
+    return err;
+}
+
+VFU_API int vfu_client_irq_info(vfu_client *client, uint32_t index, vfu_wire_irq_info *out)
+{
+    vfu_msg request, reply;
+    vfu_msg_init(&request, 0, VFU_CMD_DEVICE_GET_IRQ_INFO);
+    request.u.irq_info.argsz = sizeof(vfu_wire_irq_info);
+    request.u.irq_info.index = index;
+    int err = vfu_client_call(client, &request, NULL, 0, &reply, NULL, 0);
+    if (!err && reply.u.irq_info.index != index)
+        return vfux_client_break(client, -EPROTO, "a reply is about another IRQ index");
+    if (!err)
+        *out = (vfu_wire_irq_info){
+            .argsz = reply.u.irq_info.argsz,
+            .flags = reply.u.irq_info.flags,
+            .index = index,
+            .count = reply.u.irq_info.count,
+        };
+    return err;
+}
+
+/* The areas of a region info reply, each of which has to lie inside the region. */
+static int vfux_client_areas(const vfu_msg *reply, vfu_client_region *out)
+{
+    vfu_region_cap cap = {0};
+    uint32_t count = 0;
+    while (vfu_msg_next_cap(reply, &cap)) {
+        if (cap.id != VFU_REGION_CAP_SPARSE_MMAP)
+            continue;
+        if (vfu_region_cap_areas(&cap, &count))
+            return -EPROTO;
+        if (count > sizeof(out->areas) / sizeof(out->areas[0]))
+            return -E2BIG;
+        for (uint32_t i = 0; i < count; i++)
+            if (vfu_region_cap_area(&cap, i, &out->areas[i]) || out->areas[i].size > out->size ||
+                out->areas[i].offset > out->size - out->areas[i].size)
+                return -EPROTO;
+        out->area_count = count;
+    }
+    return 0;
+}
+
+VFU_API int vfu_client_region_info(vfu_client *client, uint32_t index, vfu_client_region *out)
+{
+    vfu_msg request, reply;
+    int err = 0;
+    memset(out, 0, sizeof(*out));
+    out->fd = -1;
+    vfu_msg_init(&request, 0, VFU_CMD_DEVICE_GET_REGION_INFO);
+    request.u.region_info.index = index;
+    request.u.region_info.argsz = sizeof(vfu_wire_region_info);
+    for (unsigned tries = 0; tries < 2 && !err; tries++) { /* the second time with the size that the first reply announced */
+        vfux_close(&out->fd);
+        err = vfu_client_call(client, &request, NULL, 0, &reply, &out->fd, 1);
+        if (!err && reply.u.region_info.index != index)
+            err = vfux_client_break(client, -EPROTO, "a reply is about another region");
+        if (err || reply.u.region_info.argsz <= request.u.region_info.argsz)
+            break;
+        request.u.region_info.argsz = (uint32_t)vfux_min(reply.u.region_info.argsz, client->desc.max_data_xfer_size);
+    }
+    if (!err) {
+        out->flags = reply.u.region_info.flags;
+        out->size = reply.u.region_info.size;
+        out->offset = reply.u.region_info.offset;
+        err = vfux_client_areas(&reply, out);
+        if (err == -EPROTO)
+            vfux_client_break(client, err, "a region's areas are impossible");
+    }
+    if (err)
+        vfux_close(&out->fd);
+    return err;
+}
+
+/* One REGION_READ or REGION_WRITE. */
+static int vfux_client_access_region(vfu_client *client, uint16_t cmd, uint32_t region, uint64_t offset, uint8_t *in, const uint8_t *out,
+                                     uint32_t count)
+{
+    vfu_msg request, reply;
+    vfu_msg_init(&request, 0, cmd);
+    request.u.region.region = region;
+    request.u.region.offset = offset;
+    request.u.region.count = count;
+    request.u.region.data = out;
+    request.u.region.data_len = out ? count : 0;
+    int err = vfu_client_call(client, &request, NULL, 0, &reply, NULL, 0);
+    if (err)
+        return err;
+    if (reply.u.region.region != region || reply.u.region.offset != offset || reply.u.region.count != count)
+        return vfux_client_break(client, -EPROTO, "a reply is about another access");
+    if (in)
+        memcpy(in, reply.u.region.data, count);
+    return 0;
+}
+
+VFU_API int vfu_client_region_read(vfu_client *client, uint32_t region, uint64_t offset, void *buf, size_t len)
+{
+    int err = 0;
+    for (size_t done = 0, part; done < len && !err; done += part) {
+        part = (size_t)vfux_min(len - done, client->server_xfer);
+        err = vfux_client_access_region(client, VFU_CMD_REGION_READ, region, offset + done, (uint8_t *)buf + done, NULL, (uint32_t)part);
+    }
+    return err;
+}
+
+VFU_API int vfu_client_region_write(vfu_client *client, uint32_t region, uint64_t offset, const void *buf, size_t len)
+{
+    int err = 0;
+    for (size_t done = 0, part; done < len && !err; done += part) {
+        part = (size_t)vfux_min(len - done, client->server_xfer);
+        err = vfux_client_access_region(client, VFU_CMD_REGION_WRITE, region, offset + done, NULL, (const uint8_t *)buf + done, (uint32_t)part);
+    }
+    return err;
+}
+
+VFU_API int vfu_client_dma_map(vfu_client *client, uint64_t iova, uint64_t size, uint32_t prot, void *host, int fd, uint64_t offset)
+{
+    vfu_msg request, reply;
+    vfu_iommu_mapping mapping = {.iova = iova, .size = size, .prot = prot, .host = host};
+    int err = vfu_iommu_map(client->iommu, &mapping);
+    if (err)
+        return err;
+    vfu_msg_init(&request, 0, VFU_CMD_DMA_MAP);
+    request.u.dma_map.argsz = sizeof(vfu_wire_dma_map);
+    request.u.dma_map.flags = (prot & VFU_IOMMU_READ ? VFU_DMA_READABLE : 0) | (prot & VFU_IOMMU_WRITE ? VFU_DMA_WRITEABLE : 0);
+    request.u.dma_map.offset = fd >= 0 ? offset : 0;
+    request.u.dma_map.address = iova;
+    request.u.dma_map.size = size;
+    err = vfu_client_call(client, &request, &fd, fd >= 0, &reply, NULL, 0);
+    if (err)
+        vfu_iommu_unmap(client->iommu, iova, size);
+    return err;
+}
+
+VFU_API int vfu_client_dma_unmap(vfu_client *client, uint64_t iova, uint64_t size)
+{
+    vfu_msg request, reply;
+    vfu_msg_init(&request, 0, VFU_CMD_DMA_UNMAP);
+    request.u.dma_unmap.argsz = sizeof(vfu_wire_dma_unmap);
+    request.u.dma_unmap.address = iova;
+    request.u.dma_unmap.size = size;
+    int err = vfu_client_call(client, &request, NULL, 0, &reply, NULL, 0);
+    return err ? err : vfu_iommu_unmap(client->iommu, iova, size);
+}
+
+VFU_API int vfu_client_irq_assign(vfu_client *client, uint32_t index, uint32_t start, uint32_t count, const int *eventfds)
+{
+    uint32_t chunk = client->server.max_msg_fds < VFU_FDS_MAX ? client->server.max_msg_fds : VFU_FDS_MAX;
+    int err = chunk ? 0 : -EINVAL;
+    for (uint32_t done = 0, part; done < count && !err; done += part) {
+        vfu_msg request, reply;
+        part = count - done < chunk || !eventfds ? count - done : chunk;
+        vfu_msg_init(&request, 0, VFU_CMD_DEVICE_SET_IRQS);
+        request.u.irq_set.argsz = sizeof(vfu_wire_irq_set);
+        request.u.irq_set.flags = VFU_IRQ_SET_DATA_EVENTFD | VFU_IRQ_SET_ACTION_TRIGGER;
+        request.u.irq_set.index = index;
+        request.u.irq_set.start = start + done;
+        request.u.irq_set.count = part;
+        err = vfu_client_call(client, &request, eventfds ? eventfds + done : NULL, eventfds ? part : 0, &reply, NULL, 0);
+    }
+    return err;
+}
+
+VFU_API int vfu_client_irq_action(vfu_client *client, uint32_t index, uint32_t start, uint32_t count, uint32_t action)
+{
+    vfu_msg request, reply;
+    vfu_msg_init(&request, 0, VFU_CMD_DEVICE_SET_IRQS);
+    request.u.irq_set.argsz = sizeof(vfu_wire_irq_set);
+    request.u.irq_set.flags = VFU_IRQ_SET_DATA_NONE | (action & VFU_IRQ_SET_ACTION_BITS);
+    request.u.irq_set.index = index;
+    request.u.irq_set.start = start;
+    request.u.irq_set.count = count;
+    return vfu_client_call(client, &request, NULL, 0, &reply, NULL, 0);
+}
+
+VFU_API int vfu_client_reset(vfu_client *client)
+{
+    vfu_msg request, reply;
+    vfu_msg_init(&request, 0, VFU_CMD_DEVICE_RESET);
+    return vfu_client_call(client, &request, NULL, 0, &reply, NULL, 0);
+}
+
+VFU_API int vfu_client_serve(vfu_client *client, int wake_fd, int timeout_ms)
+{
+    uint64_t until = timeout_ms < 0 ? UINT64_MAX : vfux_now_ms() + (unsigned)timeout_ms;
+    vfu_msg msg;
+    int decoded, woken = 0;
+    if (!client->conn)
+        return -EPIPE;
+    while (!woken) {
+        int err = vfux_client_next(client, &msg, &decoded);
+        if (err > 0)
+            err = vfux_client_break(client, -EPROTO, "a reply to nothing that was asked");
+        if (err < 0)
+            return err;
+        woken = vfux_client_wait(client, wake_fd, until);
+        if (woken < 0)
+            return woken == -ETIMEDOUT ? 0 : woken;
+    }
+    return 1;
+}
+
+#endif /* VFU_CODEC_ONLY */
+
+#endif /* VFU_IMPLEMENTATION */
+
+/*
+ * MIT License
+ *
+ * Copyright (c) 2026 The vfu authors
+ *
+ * Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated documentation
+ * files (the "Software"), to deal in the Software without restriction, including without limitation the rights to use, copy,
+ * modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit persons to whom the
+ * Software is furnished to do so, subject to the following conditions:
+ *
+ * The above copyright notice and this permission notice shall be included in all copies or substantial portions of the Software.
+ *
+ * THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE
+ * WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR
+ * COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE,
+ * ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+ */
