@@ -157,8 +157,8 @@ typedef struct vfu_alloc {
 
 /* Memory that can't be pointed at. `read` and `write` move len > 0 bytes, which lie inside one mapping, and return 0 or a
  * negative errno, which becomes the access's. They run without any lock of the table, on the thread that does the access; the
- * mapping stays until they return. `let_go` (may be NULL) is called by an unmap that would have to wait for them, without a
- * lock: make calls that are under way on [iova, iova + size) return soon. */
+ * mapping stays until they return. `let_go` (may be NULL) is called once by an unmap that has to wait for them, without a lock:
+ * make calls that are under way on [iova, iova + size) return soon. */
 typedef struct vfu_iommu_io {
     int (*read)(void *ctx, uint64_t iova, void *dst, size_t len);
     int (*write)(void *ctx, uint64_t iova, const void *src, size_t len);
@@ -198,7 +198,7 @@ typedef struct vfu_iommu_desc {
     uint32_t max_readers;   /* 0: 16; at most 4096 */
     uint32_t cache_entries; /* 0: 1024; 4 bytes each per reader, a power of two, at most 2^20 */
     uint64_t granule;       /* 0: 1. Addresses and sizes of mappings and unmaps are multiples of this power of two */
-    uint64_t dirty_limit;   /* 0: 64 MiB. Bytes that the dirty log may take */
+    uint64_t dirty_limit;   /* 0: 64 MiB. Bytes that the dirty log may take; while its index grows there are two for a moment */
 
     vfu_alloc alloc;    /* copied */
     void *buffer;       /* where everything but the dirty log lives, instead of alloc; borrowed until destroy */
@@ -283,7 +283,8 @@ VFU_API int vfu_iommu_fill(vfu_iommu_reader *reader, uint64_t iova, uint64_t len
 
 /* One access of 1, 2, 4 or 8 bytes, naturally aligned, that no other thread sees in part; for rings and doorbells. The value
  * is in the host's byte order. order: VFU_IOMMU_RELAXED, or ACQUIRE for load and RELEASE for store. Memory behind callbacks is
- * reached in one call of its callback. -EINVAL: width, alignment or order; -ENOTSUP: 8 bytes where the machine can't. */
+ * reached in one call of its callback. -EINVAL: width, alignment or order; -ENOTSUP: 8 bytes where the machine can't, or bytes of
+ * more than one mapping. */
 VFU_API int vfu_iommu_load(vfu_iommu_reader *reader, uint64_t iova, unsigned width, int order, uint64_t *value);
 VFU_API int vfu_iommu_store(vfu_iommu_reader *reader, uint64_t iova, unsigned width, int order, uint64_t value);
 
@@ -346,7 +347,8 @@ VFU_API int vfu_iommu_dirty_stop(vfu_iommu *iommu);
 VFU_API int vfu_iommu_dirty_report(vfu_iommu *iommu, uint64_t iova, uint64_t size, uint64_t page_size, uint64_t *bitmap,
                                    size_t words);
 
-/* Notes a write that went around this table (by message). Nothing happens when no log runs. */
+/* Notes a write that went around this table (by message). Pages that were never mapped while the log runs are left out; nothing
+ * happens when none runs. */
 VFU_API void vfu_iommu_dirty_mark(vfu_iommu *iommu, uint64_t iova, uint64_t size);
 
 /* ==== iterate ============================================================================================================ */
@@ -479,6 +481,10 @@ typedef struct vfux_leaf {
     _Atomic uint32_t bits[VFUX_LEAF_WORDS];
 } vfux_leaf;
 
+typedef struct vfux_span {
+    uint64_t first, last;
+} vfux_span;
+
 /* Open-addressing hash table of leaves; `slots` follows it in memory. Writers search it while one that holds the lock adds. */
 typedef struct vfux_leaves {
     size_t mask; /* number of slots - 1 */
@@ -487,7 +493,7 @@ typedef struct vfux_leaves {
 
 typedef struct vfux_log {
     unsigned page_shift;
-    size_t range_count;
+    size_t range_count, range_capacity;
     vfu_iommu_range *ranges; /* ascending and disjoint; size 0 stands for 2^64 */
     size_t leaf_count;
     uint64_t bytes; /* taken from the allocator */
@@ -558,8 +564,9 @@ static uint64_t vfux_max(uint64_t a, uint64_t b) { return a > b ? a : b; }
 
 static bool vfux_is_power_of_two(uint64_t n) { return n && !(n & (n - 1)); }
 
-static uint32_t vfux_get(_Atomic uint32_t *link) { return atomic_load_explicit(link, memory_order_relaxed); }
-static void vfux_set(_Atomic uint32_t *link, uint32_t value) { atomic_store_explicit(link, value, memory_order_relaxed); }
+/* Links are followed without the lock: whoever finds a node through one must see it initialised. */
+static uint32_t vfux_get(_Atomic uint32_t *link) { return atomic_load_explicit(link, memory_order_acquire); }
+static void vfux_set(_Atomic uint32_t *link, uint32_t value) { atomic_store_explicit(link, value, memory_order_release); }
 static uint64_t vfux_iova(vfux_node *n) { return atomic_load_explicit(&n->iova, memory_order_relaxed); }
 static uint64_t vfux_last(vfux_node *n) { return atomic_load_explicit(&n->last, memory_order_relaxed); }
 
@@ -1028,6 +1035,7 @@ static void vfux_toggle(vfu_iommu *t, uint32_t head)
 static int vfux_wait_for_pins(vfu_iommu *t, uint32_t head)
 {
     uint64_t began = 0, deadline = 0;
+    uint32_t asked = 0; /* the mapping whose callbacks know that it is waited for */
     unsigned round = 0;
     for (uint32_t i = head; i;) {
         vfux_node *n = &t->nodes[i];
@@ -1047,8 +1055,9 @@ static int vfux_wait_for_pins(vfu_iommu *t, uint32_t head)
         vfux_describe(n, &stuck.mapping);
         int err = 0;
         vfux_unlock(t);
-        if (stuck.mapping.io && stuck.mapping.io->let_go)
+        if (asked != i && stuck.mapping.io && stuck.mapping.io->let_go)
             stuck.mapping.io->let_go(stuck.mapping.io_ctx, stuck.mapping.iova, stuck.mapping.size);
+        asked = i;
         if (!__STDC_HOSTED__ || now >= deadline) {
             err = t->desc.stuck ? t->desc.stuck(t->desc.ctx, &stuck) : -EBUSY;
             deadline = now + t->desc.pin_deadline_ms;
@@ -1267,11 +1276,20 @@ static int vfux_do_move(vfu_iommu *t, bool guarded, void *dst, const void *src, 
 
 static char *vfux_host(vfux_node *n, uint64_t iova) { return (char *)n->base + (size_t)(iova - vfux_iova(n)); }
 
-/* Where in [iova, iova + len), which is at host, did `bad` lie? iova itself when the guard could not say. */
-static uint64_t vfux_locate(uint64_t iova, const char *host, size_t len, const void *bad)
+static void vfux_touch_body(void *arg) { (void)*(const volatile char *)arg; }
+
+/* The first address of [iova, iova + len), which is guarded memory at host, that is gone; `bad` is one that could not be touched.
+ * memmove() may have begun at the end, so the pages below `bad` are tried. */
+static uint64_t vfux_locate(vfu_iommu *t, uint64_t iova, char *host, size_t len, const void *bad)
 {
     uintptr_t offset = (uintptr_t)bad - (uintptr_t)host;
-    return offset < len ? iova + offset : iova;
+    const void *ignored;
+    if (offset >= len)
+        offset = len - 1; /* the guard could not say */
+    for (size_t at = 0; at < offset; at = ((uintptr_t)host + at + 4096) / 4096 * 4096 - (uintptr_t)host)
+        if (t->desc.guard(t->desc.ctx, vfux_touch_body, host + at, &ignored))
+            return iova + at;
+    return iova + (bad ? offset : 0);
 }
 
 /* Does the job for `len` bytes at host memory; `done` bytes of it were done before. */
@@ -1293,7 +1311,7 @@ static int vfux_job_host(vfu_iommu *t, vfux_node *n, const vfux_job *job, uint64
         }
     }
     if (err)
-        *at = vfux_locate(iova, host, len, bad);
+        *at = vfux_locate(t, iova, host, len, bad);
     return err;
 }
 
@@ -1327,17 +1345,14 @@ static inline void vfux_written(vfu_iommu *t, uint64_t iova, size_t len)
         vfux_log_mark(log, iova, iova + (len - 1));
 }
 
-/* The general form of read, write and fill: any number of mappings, of any kind. */
-static int vfux_do_job(vfu_iommu_reader *r, uint64_t iova, uint64_t len, const vfux_job *job)
+/* Does a job on a range that was checked: any number of mappings, of any kind. 0, or the error with where it happened. */
+static int vfux_run_job(vfu_iommu_reader *r, uint64_t iova, uint64_t len, const vfux_job *job, uint64_t *at)
 {
-    uint64_t at = iova, done = 0;
-    if (!len)
-        return 0;
-    int err = vfux_is_range(iova, len) ? vfux_scan(r, iova, len, job->prot, &at) : -EINVAL;
-    while (!err && done < len) {
+    int err = 0;
+    for (uint64_t done = 0; !err && done < len;) {
         uint64_t here = iova + done;
         vfux_node *n = vfux_hold(r, 0, here);
-        at = here;
+        *at = here;
         if (!n) {
             err = -ENOENT;
         } else if ((n->prot & job->prot) != job->prot) {
@@ -1351,13 +1366,25 @@ static int vfux_do_job(vfu_iommu_reader *r, uint64_t iova, uint64_t len, const v
                 done += moved < 0 ? 0 : (uint64_t)moved;
                 continue;
             }
-            err = vfux_job_host(r->iommu, n, job, here, part, done, &at);
+            err = vfux_job_host(r->iommu, n, job, here, part, done, at);
             if (!job->in)
                 vfux_written(r->iommu, here, part); /* after an error too: a prefix may have moved */
             vfux_let(r, 0);
             done += part;
         }
     }
+    return err;
+}
+
+/* The general form of read, write and fill. */
+static int vfux_do_job(vfu_iommu_reader *r, uint64_t iova, uint64_t len, const vfux_job *job)
+{
+    uint64_t at = iova;
+    if (!len)
+        return 0;
+    int err = vfux_is_range(iova, len) ? vfux_scan(r, iova, len, job->prot, &at) : -EINVAL;
+    if (!err)
+        err = vfux_run_job(r, iova, len, job, &at);
     return err ? vfux_fault(r, at, job->prot, err) : 0;
 }
 
@@ -1400,7 +1427,7 @@ VFU_API int vfu_iommu_fill(vfu_iommu_reader *r, uint64_t iova, uint64_t len, con
 {
     char repeated[VFUX_PATTERN + 8];
     if (pattern_len > 8 || !vfux_is_power_of_two(pattern_len))
-        return -EINVAL;
+        return vfux_fault(r, iova, VFU_IOMMU_WRITE, -EINVAL);
     for (size_t i = 0; i < sizeof(repeated); i++)
         repeated[i] = ((const char *)pattern)[i % pattern_len];
     return vfux_do_job(r, iova, len, &(vfux_job){.prot = VFU_IOMMU_WRITE, .out = repeated, .phase_len = pattern_len});
@@ -1450,12 +1477,11 @@ static int vfux_copy_piece(vfu_iommu_reader *r, vfux_copy *c, uint64_t *at, uint
     int err = 0;
     if (!io && readable && writable) {
         const void *bad;
-        const char *source = vfux_host(from, s);
-        char *target = vfux_host(to, d);
+        char *source = vfux_host(from, s), *target = vfux_host(to, d);
         err = vfux_do_move(r->iommu, (from->flags | to->flags) & VFU_IOMMU_GUARDED, target, source, (size_t)n, &bad);
         if (err) {
-            bool in_target = (uintptr_t)bad - (uintptr_t)target < n;
-            *at = in_target ? vfux_locate(d, target, (size_t)n, bad) : vfux_locate(s, source, (size_t)n, bad);
+            bool in_target = (uintptr_t)bad - (uintptr_t)target < n || !(from->flags & VFU_IOMMU_GUARDED);
+            *at = in_target ? vfux_locate(r->iommu, d, target, (size_t)n, bad) : vfux_locate(r->iommu, s, source, (size_t)n, bad);
             *prot = in_target ? VFU_IOMMU_WRITE : VFU_IOMMU_READ;
         }
         vfux_written(r->iommu, d, (size_t)n);
@@ -1469,12 +1495,11 @@ static int vfux_copy_piece(vfu_iommu_reader *r, vfux_copy *c, uint64_t *at, uint
     }
     if (!err && io) {
         char bounce[VFUX_BOUNCE];
-        err = vfu_iommu_read(r, s, bounce, (size_t)n);
-        if (!err)
-            err = vfu_iommu_write(r, d, bounce, (size_t)n);
-        if (err) {
-            *at = r->fault.iova;
-            *prot = r->fault.prot;
+        *prot = VFU_IOMMU_READ;
+        err = vfux_run_job(r, s, n, &(vfux_job){.prot = VFU_IOMMU_READ, .in = bounce}, at);
+        if (!err) {
+            *prot = VFU_IOMMU_WRITE;
+            err = vfux_run_job(r, d, n, &(vfux_job){.prot = VFU_IOMMU_WRITE, .out = bounce}, at);
         }
     }
     c->left -= n;
@@ -1577,8 +1602,8 @@ static int vfux_do_word(vfu_iommu_reader *r, uint64_t iova, vfux_word *word)
     vfux_let(r, 0);
     if (!err && !allowed)
         err = -EACCES;
-    else if (!err && split)
-        err = vfux_scan(r, iova, word->width, prot, &at) ? -ENOENT : -ENOTSUP; /* no single access reaches two mappings */
+    else if (!err && split && !(err = vfux_scan(r, iova, word->width, prot, &at)))
+        return vfux_fault(r, iova, prot, -ENOTSUP); /* no single access reaches two mappings */
     else if (!err && io)
         return vfux_word_io(r, iova, word, prot);
     return err ? vfux_fault(r, at, prot, err) : 0;
@@ -1777,6 +1802,11 @@ static void vfux_leaves_free(vfu_iommu *t, vfux_log *log, vfux_leaves *leaves)
     vfux_release(&t->desc, (void *)leaves, size);
 }
 
+static bool vfux_log_is_full(vfu_iommu *t, const vfux_log *log, uint64_t more)
+{
+    return log->bytes + more > t->desc.dirty_limit;
+}
+
 static bool vfux_leaf_is_clean(vfux_leaf *leaf)
 {
     uint32_t any = 0;
@@ -1785,9 +1815,9 @@ static bool vfux_leaf_is_clean(vfux_leaf *leaf)
     return !any;
 }
 
-/* Moves the leaves to a table of `slots`, and with `sweep` leaves out those that are clean and that no mapping reaches: nobody
+/* Moves the leaves to a table of `slots`. Leaves that are clean and that neither a mapping reaches nor `keep` are dropped: nobody
  * can be writing to them. The old table is freed when no writer can be searching it. */
-static int vfux_leaves_rebuild(vfu_iommu *t, vfux_log *log, size_t slots, bool sweep)
+static int vfux_leaves_rebuild(vfu_iommu *t, vfux_log *log, size_t slots, const vfux_span *keep)
 {
     vfux_leaves *old = atomic_load(&log->leaves), *leaves = vfux_leaves_make(t, log, slots);
     if (!leaves)
@@ -1800,7 +1830,7 @@ static int vfux_leaves_rebuild(vfu_iommu *t, vfux_log *log, size_t slots, bool s
             continue;
         uint64_t first = shift < 64 ? leaf->key << shift : 0;
         uint64_t last = shift < 64 ? first | ((UINT64_C(1) << shift) - 1) : UINT64_MAX;
-        if (!sweep || !vfux_leaf_is_clean(leaf) || vfux_first_in(t, first, last)) {
+        if ((first <= keep->last && last >= keep->first) || !vfux_leaf_is_clean(leaf) || vfux_first_in(t, first, last)) {
             vfux_leaf_put(leaves, leaf);
         } else { /* chained through its bits, which are all zero and stay unread */
             memcpy((void *)leaf->bits, &dropped, sizeof(dropped));
@@ -1820,19 +1850,19 @@ static int vfux_leaves_rebuild(vfu_iommu *t, vfux_log *log, size_t slots, bool s
     return 0;
 }
 
-static int vfux_leaf_add(vfu_iommu *t, vfux_log *log, uint64_t key)
+/* Adds the leaf with this key, for a mapping of `span`. When the limit or the table is full, leaves of the past are dropped. */
+static int vfux_leaf_add(vfu_iommu *t, vfux_log *log, uint64_t key, const vfux_span *span)
 {
     if (vfux_leaf_find(log, key))
         return 0;
     size_t slots = atomic_load(&log->leaves)->mask + 1;
     int err = 0;
-    if (log->bytes + sizeof(vfux_leaf) > t->desc.dirty_limit) {
-        err = vfux_leaves_rebuild(t, log, slots, true);
-        if (!err && log->bytes + sizeof(vfux_leaf) > t->desc.dirty_limit)
-            err = -ENOSPC;
-    }
+    if (vfux_log_is_full(t, log, sizeof(vfux_leaf)) || (log->leaf_count + 1) * 4 > slots * 3)
+        err = vfux_leaves_rebuild(t, log, slots, span);
     if (!err && (log->leaf_count + 1) * 4 > slots * 3)
-        err = vfux_leaves_rebuild(t, log, slots * 2, false);
+        err = vfux_log_is_full(t, log, vfux_leaves_size(slots)) ? -ENOSPC : vfux_leaves_rebuild(t, log, slots * 2, span);
+    if (!err && vfux_log_is_full(t, log, sizeof(vfux_leaf)))
+        err = -ENOSPC;
     vfux_leaf *leaf = err ? NULL : vfux_alloc(&t->desc, sizeof(*leaf));
     if (!leaf)
         return err ? err : -ENOMEM;
@@ -1849,6 +1879,7 @@ static uint64_t vfux_range_last(const vfu_iommu_range *range) { return range->io
 /* Makes sure that every page of [first, last] that is logged has its leaf. */
 static int vfux_log_cover(vfu_iommu *t, vfux_log *log, uint64_t first, uint64_t last)
 {
+    vfux_span span = {first, last};
     int err = 0;
     for (size_t i = 0; i < log->range_count && !err; i++) {
         uint64_t from = vfux_max(first, log->ranges[i].iova), to = vfux_min(last, vfux_range_last(&log->ranges[i]));
@@ -1857,25 +1888,44 @@ static int vfux_log_cover(vfu_iommu *t, vfux_log *log, uint64_t first, uint64_t 
         uint64_t key = vfux_leaf_key(log, from), end = vfux_leaf_key(log, to);
         if (end - key > t->desc.dirty_limit >> 6) /* a leaf has more than 2^6 bytes: not even worth trying */
             return -ENOSPC;
-        while (!(err = vfux_leaf_add(t, log, key)) && key != end)
+        while (!(err = vfux_leaf_add(t, log, key, &span)) && key != end)
             key++;
     }
     return err;
 }
 
-/* Sets the bits of the pages of [first, last]. Release: whoever fetches a bit sees the bytes that it stands for. */
+/* Sets the bits of the pages of [first, last] that are in this leaf. Release: whoever fetches a bit sees the bytes that it stands
+ * for. */
+static void vfux_leaf_mark(const vfux_log *log, vfux_leaf *leaf, uint64_t first, uint64_t last)
+{
+    uint64_t low = leaf->key << VFUX_LEAF_SHIFT, high = low | ((1u << VFUX_LEAF_SHIFT) - 1);
+    uint64_t page = vfux_max(first >> log->page_shift, low), end = vfux_min(last >> log->page_shift, high);
+    for (uint64_t stop; page <= end; page = stop + 1) { /* pages are less than 2^64 - 1, or there is just page 0 */
+        stop = vfux_min(end, page | 31);
+        uint32_t count = (uint32_t)(stop - page + 1), mask = (count == 32 ? UINT32_MAX : (UINT32_C(1) << count) - 1) << (page & 31);
+        atomic_fetch_or_explicit(&leaf->bits[(page - low) / 32], mask, memory_order_release);
+        if (stop == end)
+            break;
+    }
+}
+
+/* The same for every leaf that there is. A page without one is in no logged range, or was never mapped. */
 static void vfux_log_mark(vfux_log *log, uint64_t first, uint64_t last)
 {
-    uint64_t page = first >> log->page_shift, end = last >> log->page_shift;
-    while (page <= end) {
-        uint64_t stop = vfux_min(end, page | 31);
-        uint32_t count = (uint32_t)(stop - page + 1), mask = (count == 32 ? UINT32_MAX : (UINT32_C(1) << count) - 1) << (page & 31);
-        vfux_leaf *leaf = vfux_leaf_find(log, page >> VFUX_LEAF_SHIFT);
-        if (leaf) /* else the page is in no logged range */
-            atomic_fetch_or_explicit(&leaf->bits[page >> 5 & (VFUX_LEAF_WORDS - 1)], mask, memory_order_release);
-        if (stop == UINT64_MAX)
-            break;
-        page = stop + 1;
+    uint64_t key = vfux_leaf_key(log, first), end = vfux_leaf_key(log, last);
+    vfux_leaves *leaves = atomic_load_explicit(&log->leaves, memory_order_acquire);
+    if (end - key <= leaves->mask) {
+        for (; key <= end; key++) {
+            vfux_leaf *leaf = vfux_leaf_find(log, key);
+            if (leaf)
+                vfux_leaf_mark(log, leaf, first, last);
+        }
+        return;
+    }
+    for (size_t h = 0; h <= leaves->mask; h++) {
+        vfux_leaf *leaf = atomic_load_explicit(&leaves->slots[h], memory_order_acquire);
+        if (leaf && leaf->key >= key && leaf->key <= end)
+            vfux_leaf_mark(log, leaf, first, last);
     }
 }
 
@@ -1889,7 +1939,7 @@ static void vfux_log_free(vfu_iommu *t, vfux_log *log)
     }
     if (leaves)
         vfux_leaves_free(t, log, leaves);
-    vfux_release(&t->desc, log->ranges, log->range_count * sizeof(*log->ranges));
+    vfux_release(&t->desc, log->ranges, log->range_capacity * sizeof(*log->ranges));
     vfux_release(&t->desc, log, sizeof(*log));
 }
 
@@ -1935,20 +1985,19 @@ VFU_API int vfu_iommu_dirty_start(vfu_iommu *t, uint64_t page_size, const vfu_io
     if (!err) {
         memset((void *)log, 0, sizeof(*log));
         log->page_shift = vfux_log2(page_size);
-        log->range_count = count ? count : 1;
-        log->bytes = sizeof(*log) + log->range_count * sizeof(*ranges);
-        log->ranges = vfux_alloc(&t->desc, log->range_count * sizeof(*ranges));
+        log->range_capacity = count ? count : 1;
+        log->bytes = sizeof(*log) + log->range_capacity * sizeof(*ranges);
+        log->ranges = vfux_alloc(&t->desc, log->range_capacity * sizeof(*ranges));
         vfux_leaves *leaves = vfux_leaves_make(t, log, 64);
         atomic_store(&log->leaves, leaves);
-        err = log->ranges && leaves ? 0 : -ENOMEM;
+        err = !log->ranges || !leaves ? -ENOMEM : vfux_log_is_full(t, log, 0) ? -ENOSPC : 0;
     }
-    size_t allocated = count ? count : 1;
     if (!err) {
         if (count)
             memcpy(log->ranges, ranges, count * sizeof(*ranges));
         else
             log->ranges[0] = (vfu_iommu_range){0}; /* size 0: its last is 2^64 - 1 */
-        log->range_count = vfux_ranges_join(log->ranges, allocated);
+        log->range_count = vfux_ranges_join(log->ranges, log->range_capacity);
         for (uint32_t i = vfux_from(t, 0); i && !err; i = vfux_next_in(t, i, UINT64_MAX))
             err = vfux_log_cover(t, log, vfux_iova(&t->nodes[i]), vfux_last(&t->nodes[i]));
     }
@@ -1956,7 +2005,6 @@ VFU_API int vfu_iommu_dirty_start(vfu_iommu *t, uint64_t page_size, const vfu_io
         atomic_store(&t->log, log);
         vfux_wait_for_all(t); /* a write that did not see the log is over before this returns */
     } else if (log) {
-        log->range_count = allocated;
         vfux_log_free(t, log);
     }
     vfux_unlock(t);
