@@ -95,8 +95,8 @@
  *  2. The copy of R3 moves past the end of the unmap. U2 stops waiting when it reads what R4, or a later store of the same
  *     reader, has written; all of these are releases and U2 acquires, so all of R3 happens before U3.
  *
- * The translation cache of a reader, and its walk through the tree without the lock, are therefore only hints: whatever node
- * they name, stale, used again or wrong, R1 to R3 decide with that node's own state, bounds and permission. A hint that finds
+ * The translation cache of a reader, the hints that readers share, and the walk through the tree without the lock are therefore
+ * only hints: whatever node they name, stale, used again or wrong, R1 to R3 decide with that node's own state, bounds and permission. A hint that finds
  * nothing is not believed either: a miss is looked up again under the lock before it becomes a fault.
  *
  * Lock order: there is one lock, and it is never taken while a hazard is published, so an unmap may wait for hazards under it.
@@ -194,7 +194,7 @@ typedef struct vfu_iommu_stuck {
 
 /* How to make a table. Zero means the default that stands at the field. */
 typedef struct vfu_iommu_desc {
-    uint32_t max_mappings;  /* 0: 65535; at most 2^31 - 1. 64 bytes each, taken from the system when first used */
+    uint32_t max_mappings;  /* 0: 65535; at most 2^31 - 1. 72 to 80 bytes each, taken from the system when first used */
     uint32_t max_readers;   /* 0: 16; at most 4096 */
     uint32_t cache_entries; /* 0: 1024; 4 bytes each per reader, a power of two, at most 2^20 */
     uint64_t granule;       /* 0: 1. Addresses and sizes of mappings and unmaps are multiples of this power of two */
@@ -439,7 +439,8 @@ enum {
     VFUX_PATTERN = 512,     /* a pattern, repeated */
     VFUX_LEAF_SHIFT = 9,    /* a leaf of the dirty log has 2^9 pages */
     VFUX_LEAF_WORDS = 16,
-    VFUX_PAGE_SHIFT = 12    /* addresses of one such page share an entry of the translation cache */
+    VFUX_PAGE_SHIFT = 12,   /* addresses of one such page share a hint */
+    VFUX_HINTS_MIN = 1024   /* shared hints, when there are any */
 };
 
 /* A mapping in the tree. Readers look at every field without the lock, under the rules of HOW IT WORKS:
@@ -505,6 +506,9 @@ struct vfu_iommu {
     uint32_t free_list;  /* nodes that were used before */
     uint32_t fresh;      /* the first node that was never used; memory above is untouched */
     uint32_t node_count; /* including node 0, which stands for none and is never live */
+    _Atomic uint32_t hint_count; /* a power of two, or 0; entries of `hints` in use */
+    uint32_t hint_max;
+    _Atomic uint32_t *hints; /* node indices, by hash of the address, for all readers; like their caches, only hints */
     vfux_node *nodes;
     _Atomic(vfux_log *) log; /* NULL: no dirty log runs */
     vfu_iommu_desc desc;     /* with the defaults filled in */
@@ -627,20 +631,34 @@ static bool vfux_rebalance(vfu_iommu *t, _Atomic uint32_t *link)
     return t->nodes[vfux_get(link)].height != before;
 }
 
-static void vfux_tree_insert(vfu_iommu *t, uint32_t added)
+/* The links from the root to a place in the tree; the last one is the place itself. */
+typedef struct vfux_path {
+    _Atomic uint32_t *links[VFUX_DEPTH + 1];
+    unsigned depth; /* index of the last */
+} vfux_path;
+
+/* Finds where a mapping of [first, last] belongs. False: a mapping is there. */
+static bool vfux_find_place(vfu_iommu *t, uint64_t first, uint64_t last, vfux_path *path)
 {
-    _Atomic uint32_t *path[VFUX_DEPTH], *at = &t->root;
-    uint64_t iova = vfux_iova(&t->nodes[added]);
-    unsigned depth = 0;
-    for (uint32_t i; (i = vfux_get(at)) != 0;) {
-        path[depth++] = at;
-        at = iova < vfux_iova(&t->nodes[i]) ? &t->nodes[i].left : &t->nodes[i].right;
+    path->depth = 0;
+    path->links[0] = &t->root;
+    for (uint32_t i; (i = vfux_get(path->links[path->depth])) != 0;) {
+        vfux_node *n = &t->nodes[i];
+        bool left = last < vfux_iova(n);
+        if (!left && first <= vfux_last(n))
+            return false;
+        path->links[++path->depth] = left ? &n->left : &n->right;
     }
+    return true;
+}
+
+static void vfux_tree_insert(vfu_iommu *t, vfux_path *path, uint32_t added)
+{
     vfux_set(&t->nodes[added].left, 0);
     vfux_set(&t->nodes[added].right, 0);
     t->nodes[added].height = 1;
-    vfux_set(at, added);
-    while (depth && vfux_rebalance(t, path[--depth])) {
+    vfux_set(path->links[path->depth], added);
+    while (path->depth && vfux_rebalance(t, path->links[--path->depth])) {
     }
 }
 
@@ -792,26 +810,39 @@ static bool vfux_complete(vfu_iommu_desc *d, const vfu_iommu_desc *given)
 
 static size_t vfux_round_line(size_t n) { return (n + VFUX_LINE - 1) & ~(size_t)(VFUX_LINE - 1); }
 
-/* table | readers | caches | nodes, each on its own cache lines, and a line more to align the whole. 0: more than size_t. */
-static size_t vfux_layout(const vfu_iommu_desc *d, size_t *readers, size_t *caches, size_t *nodes)
+/* Where the parts are: table | readers | caches | nodes | hints, each on its own cache lines, and a line more to align the whole. */
+typedef struct vfux_layout {
+    size_t readers, caches, nodes, hints, size;
+    uint32_t hint_max;
+} vfux_layout;
+
+/* False: more than size_t. */
+static bool vfux_lay_out(const vfu_iommu_desc *d, vfux_layout *l)
 {
     uint64_t at = vfux_round_line(sizeof(vfu_iommu));
-    *readers = (size_t)at;
+    for (l->hint_max = VFUX_HINTS_MIN; l->hint_max / 2 < d->max_mappings && l->hint_max < UINT32_C(1) << 31;)
+        l->hint_max *= 2;
+    if (d->max_mappings < VFUX_HINTS_MIN / 4)
+        l->hint_max = 0; /* the readers' caches do */
+    l->readers = (size_t)at;
     at += (uint64_t)d->max_readers * sizeof(vfu_iommu_reader);
-    *caches = (size_t)at;
+    l->caches = (size_t)at;
     at += (uint64_t)d->max_readers * vfux_round_line((size_t)d->cache_entries * sizeof(uint32_t));
-    *nodes = (size_t)at;
-    at += ((uint64_t)d->max_mappings + 1) * sizeof(vfux_node) + VFUX_LINE;
-    return at <= SIZE_MAX ? (size_t)at : 0;
+    l->nodes = (size_t)at;
+    at += ((uint64_t)d->max_mappings + 1) * sizeof(vfux_node);
+    l->hints = (size_t)at;
+    at += (uint64_t)l->hint_max * sizeof(uint32_t) + VFUX_LINE;
+    l->size = (size_t)at;
+    return at <= SIZE_MAX;
 }
 
 VFU_API size_t vfu_iommu_footprint(const vfu_iommu_desc *desc)
 {
     vfu_iommu_desc d = desc ? *desc : (vfu_iommu_desc){0};
-    size_t readers, caches, nodes;
+    vfux_layout layout;
     if (!d.buffer)
         d.buffer = &d; /* its size is what is asked for */
-    return vfux_complete(&d, &d) ? vfux_layout(&d, &readers, &caches, &nodes) : 0;
+    return vfux_complete(&d, &d) && vfux_lay_out(&d, &layout) ? layout.size : 0;
 }
 
 static void *vfux_alloc(vfu_iommu_desc *d, size_t size)
@@ -840,33 +871,35 @@ static void vfux_release(vfu_iommu_desc *d, void *memory, size_t size)
 VFU_API int vfu_iommu_create(vfu_iommu **out, const vfu_iommu_desc *desc)
 {
     vfu_iommu_desc d;
-    size_t readers_at, caches_at, nodes_at, size;
+    vfux_layout layout;
     *out = NULL;
-    if (!vfux_complete(&d, desc) || !(size = vfux_layout(&d, &readers_at, &caches_at, &nodes_at)))
+    if (!vfux_complete(&d, desc) || !vfux_lay_out(&d, &layout))
         return -EINVAL;
-    if (d.buffer && d.buffer_size < size)
+    if (d.buffer && d.buffer_size < layout.size)
         return -ENOMEM;
-    void *memory = d.buffer ? NULL : vfux_alloc(&d, size);
+    void *memory = d.buffer ? NULL : vfux_alloc(&d, layout.size);
     if (!d.buffer && !memory)
         return -ENOMEM;
     uintptr_t start = (uintptr_t)(d.buffer ? d.buffer : memory);
     char *base = (char *)(d.buffer ? d.buffer : memory) + (vfux_round_line(start) - start);
     vfu_iommu *t = (vfu_iommu *)(void *)base;
-    memset(base, 0, nodes_at + sizeof(vfux_node)); /* the other nodes stay untouched until they are used */
+    memset(base, 0, layout.nodes + sizeof(vfux_node)); /* the other nodes, and the hints, stay untouched until they are used */
     t->desc = d;
     t->memory = memory;
-    t->memory_size = size;
-    t->nodes = (vfux_node *)(void *)(base + nodes_at);
+    t->memory_size = layout.size;
+    t->nodes = (vfux_node *)(void *)(base + layout.nodes);
+    t->hints = (_Atomic uint32_t *)(void *)(base + layout.hints);
+    t->hint_max = layout.hint_max;
     t->node_count = d.max_mappings + 1;
     t->fresh = 1;
     atomic_store(&t->nodes[0].iova, UINT64_MAX); /* so that a cache entry of 0 is a hint that nothing believes */
     atomic_store(&t->nodes[0].last, UINT64_MAX);
-    t->readers = (vfu_iommu_reader *)(void *)(base + readers_at);
+    t->readers = (vfu_iommu_reader *)(void *)(base + layout.readers);
     for (uint32_t r = 0; r < d.max_readers; r++) {
         vfu_iommu_reader *reader = &t->readers[r];
         reader->iommu = t;
         reader->nodes = t->nodes;
-        reader->cache = (uint32_t *)(void *)(base + caches_at + r * vfux_round_line(d.cache_entries * sizeof(uint32_t)));
+        reader->cache = (uint32_t *)(void *)(base + layout.caches + r * vfux_round_line(d.cache_entries * sizeof(uint32_t)));
         reader->cache_mask = d.cache_entries - 1;
     }
 #if __STDC_HOSTED__
@@ -967,6 +1000,18 @@ static void vfux_node_give(vfu_iommu *t, uint32_t i)
     t->free_list = i;
 }
 
+/* Keeps two shared hints for each mapping, once there are more than the readers' own caches are good for. Their memory is cleared,
+ * and so taken from the system, only when it comes into use. */
+static void vfux_grow_hints(vfu_iommu *t)
+{
+    uint32_t count = vfux_get(&t->hint_count), more = count ? count * 2 : VFUX_HINTS_MIN;
+    if (t->mappings <= count / 2 || t->mappings < VFUX_HINTS_MIN / 4 || more > t->hint_max)
+        return;
+    for (uint32_t i = count; i < more; i++)
+        atomic_init(&t->hints[i], 0);
+    vfux_set(&t->hint_count, more); /* addresses hash to other places now: what was noted there is no worse than any hint */
+}
+
 VFU_API int vfu_iommu_map(vfu_iommu *t, const vfu_iommu_mapping *m)
 {
     if (!vfux_is_mapping(t, m))
@@ -974,9 +1019,10 @@ VFU_API int vfu_iommu_map(vfu_iommu *t, const vfu_iommu_mapping *m)
     uint64_t last = m->iova + (m->size - 1);
     int err = 0;
     uint32_t i = 0;
+    vfux_path path;
     vfux_lock(t);
     vfux_log *log = atomic_load_explicit(&t->log, memory_order_relaxed);
-    if (vfux_first_in(t, m->iova, last))
+    if (!vfux_find_place(t, m->iova, last, &path))
         err = -EEXIST;
     else if (log)
         err = vfux_log_cover(t, log, m->iova, last);
@@ -991,11 +1037,12 @@ VFU_API int vfu_iommu_map(vfu_iommu *t, const vfu_iommu_mapping *m)
         n->user = m->user;
         n->prot = (uint8_t)m->prot;
         n->flags = (uint8_t)m->flags;
-        vfux_tree_insert(t, i);
+        vfux_tree_insert(t, &path, i);
         atomic_fetch_add(&n->state, 1); /* live: from here on readers believe what they find */
         t->mappings++;
         t->maps++;
         t->bytes += m->size;
+        vfux_grow_hints(t);
     }
     vfux_unlock(t);
     return err;
@@ -1146,11 +1193,19 @@ static void vfux_let(vfu_iommu_reader *r, unsigned slot)
     atomic_store_explicit(&r->hazard[slot], 0, memory_order_release);
 }
 
-static uint32_t *vfux_way(vfu_iommu_reader *r, uint64_t iova)
+/* Counts for the statistics: only the reader's thread writes. */
+static void vfux_count(atomic_ulong *counter)
+{
+    atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + 1, memory_order_relaxed);
+}
+
+static uint32_t vfux_hash(uint64_t iova)
 {
     uint64_t page = iova >> VFUX_PAGE_SHIFT;
-    return &r->cache[(uint32_t)(page ^ page >> 10 ^ page >> 20) & r->cache_mask];
+    return (uint32_t)(page ^ page >> 10 ^ page >> 20); /* neighbours don't collide */
 }
+
+static uint32_t *vfux_way(vfu_iommu_reader *r, uint64_t iova) { return &r->cache[vfux_hash(iova) & r->cache_mask]; }
 
 /* Walks the tree without the lock, while it may change: the answer is a hint, and a bounded number of steps finds one or 0. */
 static uint32_t vfux_walk(vfu_iommu_reader *r, uint64_t iova)
@@ -1165,17 +1220,27 @@ static uint32_t vfux_walk(vfu_iommu_reader *r, uint64_t iova)
     return found && vfux_covers(&nodes[found], iova) ? found : 0;
 }
 
+/* Holds the mapping of iova, from the shared hints, else by a walk, and notes it in both. */
 static vfux_node *vfux_hold_walk(vfu_iommu_reader *r, unsigned slot, uint64_t iova)
 {
-    uint32_t i = vfux_walk(r, iova);
-    atomic_store_explicit(&r->walks, atomic_load_explicit(&r->walks, memory_order_relaxed) + 1, memory_order_relaxed);
-    if (!i || !vfux_publish(r, slot, i, iova))
-        return NULL;
+    vfu_iommu *t = r->iommu;
+    uint32_t count = vfux_get(&t->hint_count), i = 0;
+    _Atomic uint32_t *hint = count ? &t->hints[vfux_hash(iova) & (count - 1)] : NULL;
+    if (hint)
+        i = atomic_load_explicit(hint, memory_order_acquire);
+    if (!i || !vfux_covers(&r->nodes[i], iova) || !vfux_publish(r, slot, i, iova)) {
+        i = vfux_walk(r, iova);
+        vfux_count(&r->walks);
+        if (!i || !vfux_publish(r, slot, i, iova))
+            return NULL;
+        if (hint)
+            atomic_store_explicit(hint, i, memory_order_release);
+    }
     *vfux_way(r, iova) = i;
     return &r->nodes[i];
 }
 
-/* Holds the mapping of iova without taking the lock: from the cache, else by a walk. NULL: not found that way. */
+/* Holds the mapping of iova without taking the lock: from the cache, else as above. NULL: not found that way. */
 static inline vfux_node *vfux_hold_hint(vfu_iommu_reader *r, unsigned slot, uint64_t iova)
 {
     uint32_t i = *vfux_way(r, iova);
@@ -1207,7 +1272,7 @@ static int vfux_fault(vfu_iommu_reader *r, uint64_t iova, uint32_t prot, int err
 {
     vfu_iommu *t = r->iommu;
     r->fault = (vfu_iommu_fault){.iova = iova, .prot = prot, .error = error};
-    atomic_store_explicit(&r->faults, atomic_load_explicit(&r->faults, memory_order_relaxed) + 1, memory_order_relaxed);
+    vfux_count(&r->faults);
     vfux_lock(t);
     t->fault_log[t->fault_count++ % VFUX_FAULTS] = r->fault;
     vfux_unlock(t);
@@ -1278,18 +1343,21 @@ static char *vfux_host(vfux_node *n, uint64_t iova) { return (char *)n->base + (
 
 static void vfux_touch_body(void *arg) { (void)*(const volatile char *)arg; }
 
-/* The first address of [iova, iova + len), which is guarded memory at host, that is gone; `bad` is one that could not be touched.
- * memmove() may have begun at the end, so the pages below `bad` are tried. */
+/* The first address of [iova, iova + len), which is guarded memory at host, that is gone; `bad` is one that could not be touched,
+ * NULL if the guard could not say. memmove() may have begun at the end, so the pages below are tried. */
 static uint64_t vfux_locate(vfu_iommu *t, uint64_t iova, char *host, size_t len, const void *bad)
 {
-    uintptr_t offset = (uintptr_t)bad - (uintptr_t)host;
+    uintptr_t offset = bad ? (uintptr_t)bad - (uintptr_t)host : len - 1;
+    size_t page = 0, next;
     const void *ignored;
     if (offset >= len)
-        offset = len - 1; /* the guard could not say */
-    for (size_t at = 0; at < offset; at = ((uintptr_t)host + at + 4096) / 4096 * 4096 - (uintptr_t)host)
-        if (t->desc.guard(t->desc.ctx, vfux_touch_body, host + at, &ignored))
-            return iova + at;
-    return iova + (bad ? offset : 0);
+        return iova; /* not in this memory */
+    while ((next = page + (4096 - ((uintptr_t)host + page) % 4096)) <= offset) {
+        if (t->desc.guard(t->desc.ctx, vfux_touch_body, host + page, &ignored))
+            return iova + page;
+        page = next;
+    }
+    return iova + (bad ? offset : page);
 }
 
 /* Does the job for `len` bytes at host memory; `done` bytes of it were done before. */
