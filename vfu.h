@@ -3589,6 +3589,7 @@ VFU_API int vfu_msg_render(const vfu_msg *msg, char *out, size_t cap)
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
+#include <sys/vfs.h>
 #include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
@@ -3667,6 +3668,7 @@ static void vfux_close_all(int *fds, unsigned count)
 /* Descriptors that belong to one message: of a received one, or one that waits to be sent. */
 typedef struct vfux_batch {
     uint64_t at; /* where in the stream that message starts, in bytes since the connection began */
+    size_t len;  /* bytes of a message that waits to be sent: the descriptors go with these and with no more */
     unsigned count, refused;
     int fds[VFU_FDS_MAX];
 } vfux_batch;
@@ -3828,20 +3830,18 @@ static void vfux_conn_keep(vfu_conn *conn, uint64_t at, int *fds, unsigned count
 {
     vfux_batch *batch = conn->rx_batch_count ? &conn->rx_batches[conn->rx_batch_count - 1] : NULL;
     unsigned kept = 0;
-    if ((!batch || batch->at != at) && conn->rx_batch_count < VFUX_BATCHES) {
-        batch = &conn->rx_batches[conn->rx_batch_count++];
-        batch->at = at;
-        batch->count = batch->refused = 0;
+    if (!batch || batch->at != at) {
+        batch = &conn->rx_batches[conn->rx_batch_count++]; /* there was room before it was received */
+        *batch = (vfux_batch){.at = at};
     }
-    if (batch->at == at) {
-        while (kept < count && batch->count < conn->max_fds)
-            batch->fds[batch->count++] = fds[kept++];
-        batch->refused += count - kept;
-    }
+    while (kept < count && batch->count < conn->max_fds)
+        batch->fds[batch->count++] = fds[kept++];
+    batch->refused += count - kept;
     vfux_close_all(fds + kept, count - kept);
 }
 
-/* Is there room to receive? Makes some by moving what is left of the last message to the front. */
+/* Is there room to receive, for bytes and for descriptors? Makes some by moving what is left of the last message to the front. If
+ * there is none, a whole message waits to be taken. */
 static bool vfux_conn_has_room(vfu_conn *conn)
 {
     if (conn->rx_start && conn->capacity - conn->rx_end < VFUX_RX_EXTRA) {
@@ -3851,7 +3851,7 @@ static bool vfux_conn_has_room(vfu_conn *conn)
         conn->rx_scanned -= conn->rx_start;
         conn->rx_start = 0;
     }
-    return conn->rx_end < conn->capacity;
+    return conn->rx_end < conn->capacity && conn->rx_batch_count < VFUX_BATCHES;
 }
 
 VFU_API int vfu_conn_receive(vfu_conn *conn)
@@ -3906,8 +3906,7 @@ static int vfux_conn_queue(vfu_conn *conn, const vfu_slice *slices, size_t sent,
 {
     if (fd_count) {
         vfux_batch *batch = &conn->tx_batches[conn->tx_batch_count];
-        batch->at = conn->tx_at + conn->tx_end;
-        batch->count = 0;
+        *batch = (vfux_batch){.at = conn->tx_at + conn->tx_end, .len = slices[0].len + slices[1].len};
         for (unsigned i = 0; i < fd_count; i++) {
             int copy = fcntl(fds[i], F_DUPFD_CLOEXEC, 0);
             if (copy < 0) {
@@ -3961,8 +3960,9 @@ VFU_API int vfu_conn_flush(vfu_conn *conn)
     while (vfu_conn_is_waiting(conn)) {
         vfux_batch *batch = conn->tx_batch_count ? conn->tx_batches : NULL;
         bool with_fds = batch && batch->at == conn->tx_at + conn->tx_start;
-        vfux_batch *stop = with_fds ? (conn->tx_batch_count > 1 ? batch + 1 : NULL) : batch;
-        size_t len = stop ? (size_t)(stop->at - conn->tx_at) - conn->tx_start : conn->tx_end - conn->tx_start;
+        size_t len = conn->tx_end - conn->tx_start;
+        if (batch)
+            len = with_fds ? batch->len : (size_t)(batch->at - conn->tx_at) - conn->tx_start;
         vfu_slice slice = {conn->tx + conn->tx_start, len};
         int64_t n = conn->io.send(conn->io.ctx, &slice, 1, with_fds ? batch->fds : NULL, with_fds ? batch->count : 0);
         if (n < 0)
@@ -4024,13 +4024,13 @@ static int vfux_sock_address(struct sockaddr_un *address, const char *path)
     return 0;
 }
 
-VFU_API int vfu_sock_connect(const char *path)
+static int vfux_sock_connect(const char *path, int flags)
 {
     struct sockaddr_un address;
     int err = vfux_sock_address(&address, path);
     if (err)
         return err;
-    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | flags, 0);
     if (fd < 0)
         return -errno;
     while (connect(fd, (struct sockaddr *)&address, sizeof(address)) < 0) {
@@ -4043,13 +4043,15 @@ VFU_API int vfu_sock_connect(const char *path)
     return fd;
 }
 
+VFU_API int vfu_sock_connect(const char *path) { return vfux_sock_connect(path, 0); }
+
 /* Is `path` a socket file that nobody listens on? */
 static bool vfux_sock_is_stale(const char *path)
 {
     struct stat st;
     if (lstat(path, &st) < 0 || !S_ISSOCK(st.st_mode))
         return false;
-    int fd = vfu_sock_connect(path);
+    int fd = vfux_sock_connect(path, SOCK_NONBLOCK); /* somebody may listen and be busy */
     if (fd >= 0)
         close(fd);
     return fd == -ECONNREFUSED;
@@ -4343,12 +4345,15 @@ enum {
     VFUX_DMA_CHUNK = 128 << 10,    /* bytes of one DMA message; QEMU breaks the stream of larger ones */
     VFUX_DMA_READ_AHEAD = 128 << 10, /* bytes asked for and not answered: QEMU cuts replies that its socket does not take */
     VFUX_DMA_SLOTS = 32,           /* DMA messages under way */
+    VFUX_DMA_TEST = 31,            /* the slot of the test for the layout */
     VFUX_BUDGET = 64,              /* messages handled by one poll */
     VFUX_WARNINGS = 100,           /* lines of log that one client can cause */
     VFUX_AREAS = 64,               /* areas of a region */
     VFUX_GREETING_MS = 10000,
     VFUX_PAGE = 4096               /* granule of mappings: the pgsizes that VERSION says */
 };
+
+#define VFUX_HUGETLBFS 0x958458f6 /* HUGETLBFS_MAGIC of linux/magic.h */
 
 /* A part of a client's file, mapped here. One for all mappings that lie in it. */
 typedef struct vfux_window {
@@ -4359,16 +4364,23 @@ typedef struct vfux_window {
     size_t len;      /* bytes */
     char *base;
     bool writable;
-    bool sealed; /* the file can't shrink: accesses can't fault */
+    bool sealed; /* the file can't shrink and has all its pages: accesses can't fault */
     uint32_t refs;
 } vfux_window;
 
-/* A DMA message that waits for its reply. */
+/* A DMA message that waits for its reply; or, held, for the layout of DMA messages to be known (see vfux_slot_hold). */
 typedef struct vfux_slot {
     vfu_dma *dma; /* NULL: free */
-    uint64_t iova, at;
+    uint64_t iova;
+    size_t at; /* of its bytes in the transfer */
     uint32_t count;
     uint16_t id, cmd;
+    vfu_dma_layout layout; /* that it was sent in */
+    bool held;
+    uint32_t test_at; /* held: bytes from iova to where test_len bytes tell the layouts apart */
+    uint8_t test_len;
+    bool test_shifted;      /* they are not zero in QEMU10's layout; otherwise they are test_bytes in the specification's */
+    uint8_t test_bytes[4];
 } vfux_slot;
 
 /* The INTx line. */
@@ -4395,7 +4407,7 @@ struct vfu_dev {
     bool greeted;
     uint64_t greeting_until;
     vfu_caps peer;
-    uint32_t peer_xfer; /* bytes of data that the client takes in one message */
+    uint32_t peer_xfer; /* bytes of data that both ends take in one message */
     unsigned warnings;
     const char *why; /* what was wrong with the request at hand; for the log */
 
@@ -4415,6 +4427,7 @@ struct vfu_dev {
     vfux_slot slots[VFUX_DMA_SLOTS];
     uint16_t dma_sequence;
     uint64_t dma_reading; /* bytes asked for and not answered */
+    unsigned dma_held;    /* slots that are held */
     vfu_dma_layout layout;
 
     bool work_wanted, more;
@@ -4546,7 +4559,9 @@ static int vfux_window_make(vfu_dev *dev, vfux_window **out, int fd, const struc
     window->ino = st->st_ino;
     window->writable = access == O_RDWR;
     int seals = fcntl(fd, F_GET_SEALS);
-    window->sealed = seals >= 0 && seals & F_SEAL_SHRINK;
+    struct statfs fs;
+    /* Huge pages can be missing in a file that can't shrink: no page is reserved for this mapping. */
+    window->sealed = seals >= 0 && seals & F_SEAL_SHRINK && fstatfs(fd, &fs) == 0 && fs.f_type != VFUX_HUGETLBFS;
     int err = vfux_window_map(window, fd, offset, size, (uint64_t)st->st_size);
     if (err && window->writable && !write) { /* sealed against writing, perhaps */
         window->writable = false;
@@ -4681,7 +4696,9 @@ static void vfux_irqs_release(vfu_dev *dev)
 
 static void vfux_slot_free(vfu_dev *dev, vfux_slot *slot)
 {
-    if (slot->cmd == VFU_CMD_DMA_READ)
+    if (slot->held)
+        dev->dma_held--;
+    else if (slot->cmd == VFU_CMD_DMA_READ)
         dev->dma_reading -= slot->count;
     slot->dma = NULL;
 }
@@ -4708,33 +4725,50 @@ static void vfux_dma_finish(vfu_dev *dev, vfu_dma *dma, int result)
 
 static vfux_slot *vfux_slot_find_free(vfu_dev *dev)
 {
-    for (unsigned i = 0; i < VFUX_DMA_SLOTS; i++)
+    for (unsigned i = 0; i < VFUX_DMA_TEST; i++)
         if (!dev->slots[i].dma)
             return &dev->slots[i];
     return NULL;
+}
+
+/* Sends the message that slot describes. 0, or what vfu_conn_send says. */
+static int vfux_slot_send(vfu_dev *dev, vfux_slot *slot)
+{
+    uint8_t bytes[VFU_MSG_HEAD_MAX];
+    vfu_msg msg;
+    /* The slot's number, and a sequence that tells a late reply from the one that is expected. */
+    slot->id = (uint16_t)((unsigned)(slot - dev->slots) | (unsigned)(dev->dma_sequence++ * VFUX_DMA_SLOTS));
+    slot->layout = dev->layout;
+    dev->dma_held -= slot->held;
+    slot->held = false;
+    vfu_msg_init(&msg, slot->id, slot->cmd);
+    msg.u.dma.address = slot->iova;
+    msg.u.dma.count = slot->count;
+    if (slot->cmd == VFU_CMD_DMA_READ) {
+        dev->dma_reading += slot->count;
+    } else {
+        msg.u.dma.data = (const uint8_t *)slot->dma->buf + slot->at;
+        msg.u.dma.data_len = slot->count;
+        msg.u.dma.legacy = slot->layout == VFU_DMA_LAYOUT_QEMU10;
+    }
+    if (!msg.u.dma.legacy || slot->count >= 4)
+        return vfux_conn_send_msg(dev->conn, &msg, NULL, 0);
+    int len = vfu_msg_encode(&msg, bytes, sizeof(bytes)); /* such a message has padding behind its data */
+    return len < 0 ? len : vfu_conn_send(dev->conn, bytes, (size_t)len, NULL, 0, NULL, 0);
 }
 
 /* Sends one message for [iova, iova + count). 1: it has to wait; 0; or the error. */
 static int vfux_dma_send(vfu_dev *dev, vfu_dma *dma, uint64_t iova, uint32_t count)
 {
     vfux_slot *slot = vfux_slot_find_free(dev);
-    vfu_msg msg;
-    if (!slot || vfu_conn_is_waiting(dev->conn) || (!dma->to_client && dev->dma_reading && dev->dma_reading + count > VFUX_DMA_READ_AHEAD))
+    if (!slot || dev->dma_held || vfu_conn_is_waiting(dev->conn) || (!dma->to_client && dev->dma_reading && dev->dma_reading + count > VFUX_DMA_READ_AHEAD))
         return 1;
-    /* The slot's number, and a sequence that tells a late reply from the one that is expected. */
-    uint16_t id = (uint16_t)((unsigned)(slot - dev->slots) | (unsigned)(dev->dma_sequence++ * VFUX_DMA_SLOTS));
-    vfu_msg_init(&msg, id, dma->to_client ? VFU_CMD_DMA_WRITE : VFU_CMD_DMA_READ);
-    msg.u.dma.address = iova;
-    msg.u.dma.count = count;
-    msg.u.dma.data = dma->to_client ? (const uint8_t *)dma->buf + dma->sent : NULL;
-    msg.u.dma.data_len = dma->to_client ? count : 0;
-    msg.u.dma.legacy = dma->to_client && dev->layout == VFU_DMA_LAYOUT_QEMU10;
-    int err = vfux_conn_send_msg(dev->conn, &msg, NULL, 0);
+    *slot = (vfux_slot){.dma = dma, .iova = iova, .at = (size_t)dma->sent, .count = count};
+    slot->cmd = dma->to_client ? VFU_CMD_DMA_WRITE : VFU_CMD_DMA_READ;
+    int err = vfux_slot_send(dev, slot);
     if (err)
-        return err == -EAGAIN ? 1 : -EIO;
-    *slot = (vfux_slot){.dma = dma, .iova = iova, .at = dma->sent, .count = count, .id = id, .cmd = msg.cmd};
-    dev->dma_reading += dma->to_client ? 0 : count;
-    return 0;
+        vfux_slot_free(dev, slot);
+    return err == -EAGAIN ? 1 : err ? -EIO : 0;
 }
 
 /* Does as much of a transfer as can be done now. 0: all is done; 1: more to come; or the error, with dma->fault set. */
@@ -4768,9 +4802,95 @@ static int vfux_dma_advance(vfu_dev *dev, vfu_dma *dma)
     return dma->finished < dma->len;
 }
 
-/* Goes on with everything that has waited for a slot, for earlier replies, or for the socket. */
+/*
+ * QEMU 10.1 and 10.2 lay out DMA messages in another way (vfu_dma_layout). Most replies to DMA_READ tell which way it is. Until
+ * one has, what can't be told is held: a read whose reply makes sense in both ways, and a write that was answered but may have been
+ * taken for shifted data. For the first of them a few bytes are read that differ between the two ways:
+ *
+ *     by the book:     D0 D1 .. Dk .. Dn     is what a reply says, or what was written; Dk is the first word that isn't zero
+ *     by QEMU 10:      0  D0 .. Dk-1 Dk ..   is then in the client's memory
+ *
+ * so a read of the word behind Dk finds Dk in QEMU 10's layout, where the book has the upper half of the count: zero. Where no word
+ * is behind Dk, Dk itself is read again: by the book it comes back.
+ */
+static void vfux_slot_hold(vfu_dev *dev, vfux_slot *slot, const uint8_t *data)
+{
+    uint32_t word = 0;
+    while (word < slot->count && data[word] == 0)
+        word++;
+    if (slot->cmd == VFU_CMD_DMA_READ)
+        dev->dma_reading -= slot->count;
+    word &= ~UINT32_C(3);
+    slot->held = true;
+    dev->dma_held++;
+    slot->test_shifted = slot->count >= 8 && word <= slot->count - 8;
+    slot->test_at = slot->test_shifted ? word + 4 : word;
+    slot->test_len = (uint8_t)vfux_min(4, slot->count - slot->test_at);
+    if (!slot->test_shifted)
+        memcpy(slot->test_bytes, data + word, slot->test_len);
+}
+
+/* Does a write have to be held? Only if it wrote something that isn't zero, where it can be read. */
+static bool vfux_write_is_doubtful(vfu_dev *dev, const vfux_slot *slot)
+{
+    const uint8_t *data = (const uint8_t *)slot->dma->buf + slot->at;
+    vfu_iommu_mapping mapping;
+    uint32_t zeros = 0;
+    if (slot->layout != VFU_DMA_LAYOUT_AUTO || dev->layout != VFU_DMA_LAYOUT_AUTO)
+        return false;
+    while (zeros < slot->count && data[zeros] == 0)
+        zeros++;
+    return zeros < slot->count && vfu_iommu_next(dev->iommu, slot->iova, &mapping) && mapping.prot & VFU_IOMMU_READ;
+}
+
+/* Sends the test for the first message that is held, unless one is under way. */
+static void vfux_layout_test(vfu_dev *dev)
+{
+    vfux_slot *test = &dev->slots[VFUX_DMA_TEST], *held = dev->slots;
+    if (!dev->dma_held || test->dma)
+        return;
+    while (!held->dma || !held->held)
+        held++;
+    *test = *held;
+    test->iova += held->test_at;
+    test->count = held->test_len;
+    test->cmd = VFU_CMD_DMA_READ;
+    test->held = false;
+    if (vfux_slot_send(dev, test))
+        vfux_slot_free(dev, test);
+}
+
+/* The layout is known: a read that was held is sent again, and so is a write that was sent in the wrong one. */
+static void vfux_layout_settle(vfu_dev *dev)
+{
+    for (unsigned i = 0; i < VFUX_DMA_SLOTS; i++) {
+        vfux_slot *slot = &dev->slots[i];
+        vfu_dma *dma = slot->dma;
+        if (!dma || !slot->held)
+            continue;
+        if (slot->cmd == VFU_CMD_DMA_READ || dev->layout == VFU_DMA_LAYOUT_QEMU10) {
+            if (vfux_slot_send(dev, slot)) {
+                dma->fault = slot->iova;
+                vfux_dma_finish(dev, dma, -EIO);
+            }
+            continue;
+        }
+        dma->finished += slot->count;
+        vfux_slot_free(dev, slot);
+        if (dma->finished == dma->len)
+            vfux_dma_finish(dev, dma, 0);
+    }
+}
+
+/* Goes on with everything that has waited for a slot, for earlier replies, for the socket, or for the layout. */
 static void vfux_dma_pump(vfu_dev *dev)
 {
+    if (!dev->dmas)
+        return;
+    if (dev->layout == VFU_DMA_LAYOUT_AUTO)
+        vfux_layout_test(dev);
+    else
+        vfux_layout_settle(dev);
     for (vfu_dma *dma = dev->dmas, *next; dma; dma = next) {
         int result = vfux_dma_advance(dev, dma);
         next = dma->next;
@@ -4825,21 +4945,45 @@ static int vfux_dma_check(const vfux_slot *slot, const vfu_msg *reply, const cha
     return 0;
 }
 
+/* The reply to a test: which layout is it? */
+static void vfux_layout_tested(vfu_dev *dev, vfux_slot *slot, const vfu_msg *reply, int decoded)
+{
+    bool good = !decoded && !vfu_msg_is_error(reply) && reply->u.dma.address == slot->iova && reply->u.dma.count == slot->count;
+    bool moved = good && !slot->test_shifted && memcmp(reply->u.dma.data, slot->test_bytes, slot->count) != 0;
+    dev->layout = moved ? VFU_DMA_LAYOUT_QEMU10 : VFU_DMA_LAYOUT_SPEC; /* a test that would prove QEMU10's was decoded as such */
+    vfux_slot_free(dev, slot);
+}
+
 static void vfux_dma_replied(vfu_dev *dev, const vfu_msg *reply, int decoded)
 {
     vfux_slot *slot = &dev->slots[reply->id % VFUX_DMA_SLOTS];
     vfu_dma *dma = slot->dma;
     const char *why = "it is malformed";
-    if (!dma || slot->id != reply->id || slot->cmd != reply->cmd) {
+    if (!dma || slot->held || slot->id != reply->id || slot->cmd != reply->cmd) {
         vfux_say(&dev->desc.logger, VFU_LEVEL_INFO, "a reply to nothing that is under way is discarded: id 0x%04x %s", reply->id,
                  vfu_cmd_name(reply->cmd));
         return;
     }
-    int err = decoded ? -EIO : vfux_dma_check(slot, reply, &why);
-    uint64_t iova = slot->iova, at = slot->at;
-    uint32_t count = slot->count;
     if (!decoded && !vfu_msg_is_error(reply) && reply->cmd == VFU_CMD_DMA_READ && reply->u.dma.proven)
         dev->layout = reply->u.dma.legacy ? VFU_DMA_LAYOUT_QEMU10 : VFU_DMA_LAYOUT_SPEC;
+    if (slot == &dev->slots[VFUX_DMA_TEST]) {
+        if (dev->layout == VFU_DMA_LAYOUT_AUTO)
+            vfux_layout_tested(dev, slot, reply, decoded);
+        else
+            vfux_slot_free(dev, slot);
+        return;
+    }
+    int err = decoded ? -EIO : vfux_dma_check(slot, reply, &why);
+    uint64_t iova = slot->iova;
+    size_t at = slot->at;
+    uint32_t count = slot->count;
+    if (!err && reply->cmd == VFU_CMD_DMA_WRITE) {
+        vfu_iommu_dirty_mark(dev->iommu, iova, count);
+        if (vfux_write_is_doubtful(dev, slot) || (slot->layout == VFU_DMA_LAYOUT_AUTO && dev->layout == VFU_DMA_LAYOUT_QEMU10)) {
+            vfux_slot_hold(dev, slot, (const uint8_t *)dma->buf + at);
+            return;
+        }
+    }
     vfux_slot_free(dev, slot);
     if (err) {
         dma->fault = iova;
@@ -4850,11 +4994,21 @@ static void vfux_dma_replied(vfu_dev *dev, const vfu_msg *reply, int decoded)
     }
     if (reply->cmd == VFU_CMD_DMA_READ)
         memcpy((char *)dma->buf + at, reply->u.dma.data, count);
-    else
-        vfu_iommu_dirty_mark(dev->iommu, iova, count);
     dma->finished += count;
     if (dma->finished == dma->len)
         vfux_dma_finish(dev, dma, 0);
+}
+
+/* A DMA_READ reply that makes sense in both layouts. */
+static void vfux_dma_replied_ambiguous(vfu_dev *dev, const vfu_msg *by_the_book)
+{
+    vfux_slot *slot = &dev->slots[by_the_book->id % VFUX_DMA_SLOTS];
+    const char *why;
+    if (slot != &dev->slots[VFUX_DMA_TEST] && slot->dma && !slot->held && slot->id == by_the_book->id && slot->cmd == by_the_book->cmd &&
+        vfux_dma_check(slot, by_the_book, &why) == 0)
+        vfux_slot_hold(dev, slot, by_the_book->u.dma.data);
+    else
+        vfux_dma_replied(dev, by_the_book, 0);
 }
 
 VFU_API int vfu_dev_dma(vfu_dev *dev, vfu_dma *dma)
@@ -4937,7 +5091,7 @@ static int vfux_on_version(vfu_dev *dev, const vfu_msg *request, vfux_answer *an
     VFU_ASSERT(len > 0);
     answer->msg.u.version.json = (const char *)dev->data;
     answer->msg.u.version.json_len = (uint32_t)len - 1;
-    dev->peer_xfer = (uint32_t)vfux_min(dev->peer.max_data_xfer_size, VFUX_XFER_MAX);
+    dev->peer_xfer = (uint32_t)vfux_min(dev->peer.max_data_xfer_size, dev->desc.max_data_xfer_size);
     dev->greeted = true;
     if (dev->desc.callbacks.connected)
         dev->desc.callbacks.connected(dev->desc.ctx);
@@ -5374,9 +5528,11 @@ static int vfux_dev_message(vfu_dev *dev)
         return vfux_dev_command(dev, &msg, decoded);
     if (!dev->greeted)
         return -EBADMSG;
-    if (decoded == -EINVAL && msg.cmd == VFU_CMD_DMA_READ && dev->layout == VFU_DMA_LAYOUT_AUTO)
-        decoded = vfu_msg_decode_dma(dev->frame.bytes, dev->frame.len, VFU_DMA_LAYOUT_SPEC, &msg); /* both would fit: by the book */
-    vfux_dma_replied(dev, &msg, decoded);
+    if (decoded == -EINVAL && msg.cmd == VFU_CMD_DMA_READ && dev->layout == VFU_DMA_LAYOUT_AUTO &&
+        vfu_msg_decode_dma(dev->frame.bytes, dev->frame.len, VFU_DMA_LAYOUT_SPEC, &msg) == 0)
+        vfux_dma_replied_ambiguous(dev, &msg);
+    else
+        vfux_dma_replied(dev, &msg, decoded);
     return 0;
 }
 
@@ -5841,7 +5997,7 @@ VFU_API int vfu_client_call(vfu_client *client, vfu_msg *request, const int *fds
             return got;
         if (got) /* late: its request has timed out, or there was none */
             return vfux_client_break(client, -EPROTO, "a reply to nothing that was asked");
-        err = vfux_client_wait(client, -1, until);
+        err = vfux_now_ms() < until ? vfux_client_wait(client, -1, until) : -ETIMEDOUT; /* a server that only asks is late as well */
         if (err == -ETIMEDOUT)
             return vfux_client_break(client, err, "no reply in time");
         if (err < 0)
@@ -6147,17 +6303,15 @@ VFU_API int vfu_client_serve(vfu_client *client, int wake_fd, int timeout_ms)
     int decoded, woken = 0;
     if (!client->conn)
         return -EPIPE;
-    while (!woken) {
+    do {
         int err = vfux_client_next(client, &msg, &decoded);
         if (err > 0)
             err = vfux_client_break(client, -EPROTO, "a reply to nothing that was asked");
         if (err < 0)
             return err;
         woken = vfux_client_wait(client, wake_fd, until);
-        if (woken < 0)
-            return woken == -ETIMEDOUT ? 0 : woken;
-    }
-    return 1;
+    } while (!woken && vfux_now_ms() <= until);
+    return woken == -ETIMEDOUT ? 0 : woken;
 }
 
 #endif /* VFU_CODEC_ONLY */
