@@ -302,7 +302,7 @@ typedef struct vfu_iommu_segment {
 typedef struct vfu_iommu_pin {
     /* Set these two before taking; NULL is fine. let_go is called once, by an unmap that needs the range [iova, iova + size)
      * of which the pin holds a part, with the table's lock held: it must not call the table. Return true: this work is over,
-     * no pointer of the pin will be used again, and the table drops the pin itself. Return false: it will be dropped soon. */
+     * no pointer of the pin will be used again, and the table drops it; the struct is the holder's again at once. Return false: it will be dropped soon. */
     bool (*let_go)(struct vfu_iommu_pin *pin, uint64_t iova, uint64_t size);
     void *user;
 
@@ -1705,11 +1705,18 @@ static void vfux_pin_uncount(vfu_iommu *t, uint64_t first, uint64_t last)
         atomic_fetch_sub(&t->nodes[i].pins, 1);
 }
 
-static void vfux_pin_release(vfu_iommu *t, vfu_iommu_pin *pin)
+static void vfux_pin_link(vfu_iommu *t, vfu_iommu_pin *pin)
 {
-    vfux_log *log = atomic_load_explicit(&t->log, memory_order_relaxed);
-    if (log && (pin->prot & VFU_IOMMU_WRITE))
-        vfux_log_mark(log, pin->iova, pin->last);
+    pin->iommu = t;
+    pin->prev = NULL;
+    pin->next = t->pins;
+    if (t->pins)
+        t->pins->prev = pin;
+    t->pins = pin;
+}
+
+static void vfux_pin_unlink(vfu_iommu *t, vfu_iommu_pin *pin)
+{
     if (pin->prev)
         pin->prev->next = pin->next;
     else
@@ -1717,7 +1724,15 @@ static void vfux_pin_release(vfu_iommu *t, vfu_iommu_pin *pin)
     if (pin->next)
         pin->next->prev = pin->prev;
     pin->iommu = NULL;
-    vfux_pin_uncount(t, pin->iova, pin->last);
+}
+
+/* A pin of [first, last], which is in no list any more, is over. */
+static void vfux_pin_release(vfu_iommu *t, uint64_t first, uint64_t last, uint32_t prot)
+{
+    vfux_log *log = atomic_load_explicit(&t->log, memory_order_relaxed);
+    if (log && (prot & VFU_IOMMU_WRITE))
+        vfux_log_mark(log, first, last);
+    vfux_pin_uncount(t, first, last);
 }
 
 static bool vfux_pin_overlaps(const vfu_iommu_pin *pin, uint64_t first, uint64_t last)
@@ -1733,8 +1748,16 @@ static void vfux_pin_ask(vfu_iommu *t, uint64_t first, uint64_t last)
         if (pin->asked || !vfux_pin_overlaps(pin, first, last))
             continue;
         pin->asked = true;
-        if (pin->let_go && pin->let_go(pin, first, last - first + 1))
-            vfux_pin_release(t, pin);
+        if (!pin->let_go)
+            continue;
+        /* When it agrees the pin is its holder's again, to be used or freed at once: nothing here touches it any more. */
+        uint64_t pin_first = pin->iova, pin_last = pin->last;
+        uint32_t prot = pin->prot;
+        vfux_pin_unlink(t, pin);
+        if (pin->let_go(pin, first, last - first + 1))
+            vfux_pin_release(t, pin_first, pin_last, prot);
+        else
+            vfux_pin_link(t, pin);
     }
 }
 
@@ -1788,17 +1811,12 @@ VFU_API int vfu_iommu_pin_take(vfu_iommu_reader *r, vfu_iommu_pin *pin, uint64_t
     if (err && count)
         vfux_pin_uncount(t, iova, at - 1);
     if (!err) {
-        pin->iommu = t;
         pin->iova = iova;
         pin->last = last;
         pin->prot = prot;
         pin->since_ms = vfux_clock_ms();
         pin->asked = false;
-        pin->prev = NULL;
-        pin->next = t->pins;
-        if (t->pins)
-            t->pins->prev = pin;
-        t->pins = pin;
+        vfux_pin_link(t, pin);
     }
     vfux_unlock(t);
     return err ? vfux_fault(r, at, prot, err) : (int)count;
@@ -1807,8 +1825,10 @@ VFU_API int vfu_iommu_pin_take(vfu_iommu_reader *r, vfu_iommu_pin *pin, uint64_t
 VFU_API void vfu_iommu_pin_drop(vfu_iommu *t, vfu_iommu_pin *pin)
 {
     vfux_lock(t);
-    if (pin->iommu)
-        vfux_pin_release(t, pin);
+    if (pin->iommu) {
+        vfux_pin_unlink(t, pin);
+        vfux_pin_release(t, pin->iova, pin->last, pin->prot);
+    }
     vfux_unlock(t);
 }
 
