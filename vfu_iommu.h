@@ -300,9 +300,10 @@ typedef struct vfu_iommu_segment {
 } vfu_iommu_segment;
 
 typedef struct vfu_iommu_pin {
-    /* Set these two before taking; NULL is fine. let_go is called once, by an unmap that needs the range [iova, iova + size)
-     * of which the pin holds a part, with the table's lock held: it must not call the table. Return true: this work is over,
-     * no pointer of the pin will be used again, and the table drops it; the struct is the holder's again at once. Return false: it will be dropped soon. */
+    /* Set these two before taking; NULL is fine. let_go is called once, by an unmap that needs the range [iova, iova + size) of
+     * which the pin holds a part, with the table's lock held: it must not call the table. Return true: this work is over, no
+     * pointer of the pin will be used again, and the table drops it; the struct is the holder's again at once. Return false: it
+     * will be dropped soon. */
     bool (*let_go)(struct vfu_iommu_pin *pin, uint64_t iova, uint64_t size);
     void *user;
 
