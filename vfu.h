@@ -1035,8 +1035,10 @@ typedef struct vfu_bar_desc {
 } vfu_bar_desc;
 
 typedef struct vfu_pci_vendor_cap {
-    const void *data; /* what follows the capability's length byte; read-only for the client; borrowed while building */
+    const void *data; /* what follows the capability's header; read-only for the client; borrowed while building */
     uint8_t len;      /* bytes */
+    uint16_t id;      /* extended ones: the vendor's number for it */
+    uint8_t version;  /* likewise, at most 15 */
 } vfu_pci_vendor_cap;
 
 typedef struct vfu_pci_desc {
@@ -1055,8 +1057,16 @@ typedef struct vfu_pci_desc {
         uint8_t table_bar, pba_bar;
         uint32_t table_offset, pba_offset; /* bytes, multiples of 8, inside the BARs */
     } msix;
+    struct {
+        uint8_t vectors; /* 0: no MSI capability; 1, 2, 4, 8, 16 or 32 */
+        bool mask;       /* per-vector masking */
+    } msi;
     const vfu_pci_vendor_cap *vendor_caps; /* borrowed while building */
     unsigned vendor_cap_count;
+    uint64_t serial_number;                         /* extended capability, needs express; 0: none */
+    bool aer;                                       /* advanced error reporting, likewise */
+    const vfu_pci_vendor_cap *extended_vendor_caps; /* vendor-specific extended capabilities, likewise; borrowed while building */
+    unsigned extended_vendor_cap_count;
 } vfu_pci_desc;
 
 /* What a write has changed, or asked for. */
@@ -1065,6 +1075,7 @@ typedef struct vfu_pci_desc {
 #define VFU_PCI_CHANGED_MSIX 0x04u
 #define VFU_PCI_CHANGED_POWER 0x08u
 #define VFU_PCI_ASKED_FLR 0x10u
+#define VFU_PCI_CHANGED_MSI 0x20u
 
 /* The bits of the command and status registers that the library or a device cares about */
 #define VFU_PCI_COMMAND_IO 0x0001u
@@ -1076,8 +1087,8 @@ typedef struct vfu_pci_desc {
 typedef struct vfu_pci {
     /* private */
     uint32_t size; /* bytes of the configuration space */
-    uint16_t pm_at, msix_at, express_at;
-    bool flr;
+    uint16_t pm_at, msi_at, msix_at, express_at;
+    bool flr, msi_mask;
     uint8_t config[4096];
     uint8_t initial[4096];  /* what a reset restores */
     uint8_t writable[4096]; /* bits that a write changes */
@@ -1099,12 +1110,18 @@ VFU_API void vfu_pci_disconnect(vfu_pci *pci);
 
 VFU_API uint16_t vfu_pci_command(const vfu_pci *pci);
 VFU_API bool vfu_pci_msix_enabled(const vfu_pci *pci);
+VFU_API bool vfu_pci_msix_masked(const vfu_pci *pci); /* the function mask */
+VFU_API bool vfu_pci_msi_enabled(const vfu_pci *pci);
+
+/* Power state, 0 for D0 or 3 for D3hot. */
+VFU_API unsigned vfu_pci_power(const vfu_pci *pci);
 
 /* The interrupt bit of the status register. */
 VFU_API void vfu_pci_set_intx_status(vfu_pci *pci, bool level);
 
-/* Offset of the first capability with this identity, 0: there is none. */
+/* Offset of the first capability, or extended capability, with this identity; 0: there is none. */
 VFU_API uint8_t vfu_pci_capability(const vfu_pci *pci, uint8_t id);
+VFU_API uint16_t vfu_pci_extended_capability(const vfu_pci *pci, uint16_t id);
 
 /*
  * ==== device ===============================================================================================================
@@ -4111,6 +4128,7 @@ enum {
     VFUX_PCI_FIRST_CAP = 0x40,
 
     VFUX_PCI_CAP_PM = 0x01,
+    VFUX_PCI_CAP_MSI = 0x05,
     VFUX_PCI_CAP_VENDOR = 0x09,
     VFUX_PCI_CAP_EXPRESS = 0x10,
     VFUX_PCI_CAP_MSIX = 0x11,
@@ -4120,7 +4138,17 @@ enum {
     VFUX_MSIX_LEN = 12,
     VFUX_MSIX_CONTROL = 2,
     VFUX_EXPRESS_LEN = 60,
-    VFUX_EXPRESS_DEVICE_CONTROL = 8
+    VFUX_EXPRESS_DEVICE_CONTROL = 8,
+    VFUX_MSI_LEN = 14,
+    VFUX_MSI_MASK_LEN = 24,
+    VFUX_MSI_CONTROL = 2,
+
+    VFUX_PCI_FIRST_EXTENDED = 0x100,
+    VFUX_PCI_EXT_AER = 0x0001,
+    VFUX_PCI_EXT_SERIAL = 0x0003,
+    VFUX_PCI_EXT_VENDOR = 0x000b,
+    VFUX_AER_LEN = 72,
+    VFUX_SERIAL_LEN = 12
 };
 
 static void vfux_put16(uint8_t *at, uint32_t value)
@@ -4136,6 +4164,7 @@ static void vfux_put32(uint8_t *at, uint32_t value)
 }
 
 static uint16_t vfux_get16(const uint8_t *at) { return (uint16_t)(at[0] | at[1] << 8); }
+static uint32_t vfux_get32(const uint8_t *at) { return vfux_get16(at) | (uint32_t)vfux_get16(at + 2) << 16; }
 
 /* Adds an empty capability of len bytes to the end of the list. Returns its offset, 0: no room. *end is where the next may start. */
 static uint16_t vfux_pci_add(vfu_pci *pci, uint16_t *end, uint8_t **link, uint8_t id, uint32_t len)
@@ -4222,6 +4251,75 @@ static bool vfux_pci_build_express(vfu_pci *pci, const vfu_pci_desc *desc, uint1
     return true;
 }
 
+static bool vfux_pci_build_msi(vfu_pci *pci, const vfu_pci_desc *desc, uint16_t *end, uint8_t **link)
+{
+    unsigned log2 = 0;
+    while (1u << log2 < desc->msi.vectors)
+        log2++;
+    if (1u << log2 != desc->msi.vectors || log2 > 5)
+        return false;
+    pci->msi_at = vfux_pci_add(pci, end, link, VFUX_PCI_CAP_MSI, desc->msi.mask ? VFUX_MSI_MASK_LEN : VFUX_MSI_LEN);
+    if (!pci->msi_at)
+        return false;
+    uint8_t *cap = pci->config + pci->msi_at, *writable = pci->writable + pci->msi_at;
+    pci->msi_mask = desc->msi.mask;
+    vfux_put16(cap + VFUX_MSI_CONTROL, 0x0080u | log2 << 1 | (desc->msi.mask ? 0x0100u : 0)); /* 64-bit */
+    vfux_put16(writable + VFUX_MSI_CONTROL, 0x0071);                                      /* enable, vectors in use */
+    vfux_put32(writable + 4, 0xfffffffc);
+    vfux_put32(writable + 8, 0xffffffff);
+    vfux_put16(writable + 12, 0xffff);
+    if (desc->msi.mask)
+        vfux_put32(writable + 16, (uint32_t)((UINT64_C(1) << desc->msi.vectors) - 1));
+    return true;
+}
+
+/* Adds an extended capability of len bytes. Returns its offset, 0: no room. */
+static uint16_t vfux_pci_add_extended(vfu_pci *pci, uint16_t *end, uint16_t *previous, uint16_t id, uint8_t version, uint32_t len)
+{
+    uint16_t at = *end;
+    if (at + len > pci->size)
+        return 0;
+    if (*previous)
+        vfux_put16(pci->config + *previous + 2, vfux_get16(pci->config + *previous + 2) | (uint32_t)at << 4);
+    vfux_put16(pci->config + at, id);
+    vfux_put16(pci->config + at + 2, version);
+    *previous = at;
+    *end = (uint16_t)((at + len + 3) & ~3u);
+    return at;
+}
+
+static bool vfux_pci_build_extended(vfu_pci *pci, const vfu_pci_desc *desc)
+{
+    uint16_t end = VFUX_PCI_FIRST_EXTENDED, previous = 0, at;
+    if (!desc->express)
+        return !desc->aer && !desc->serial_number && !desc->extended_vendor_cap_count;
+    if (desc->aer) { /* first, as most drivers expect it */
+        at = vfux_pci_add_extended(pci, &end, &previous, VFUX_PCI_EXT_AER, 2, VFUX_AER_LEN);
+        vfux_put32(pci->clearable + at + 4, 0x007ff030);  /* uncorrectable errors: status, */
+        vfux_put32(pci->writable + at + 8, 0x007ff030);   /* mask */
+        vfux_put32(pci->writable + at + 12, 0x007ff030);  /* and severity */
+        vfux_put32(pci->config + at + 12, 0x00462030);
+        vfux_put32(pci->clearable + at + 16, 0x0000f1c1); /* correctable errors: status and mask */
+        vfux_put32(pci->writable + at + 20, 0x0000f1c1);
+        vfux_put32(pci->config + at + 20, 0x00002000);
+    }
+    if (desc->serial_number) {
+        at = vfux_pci_add_extended(pci, &end, &previous, VFUX_PCI_EXT_SERIAL, 1, VFUX_SERIAL_LEN);
+        vfux_put32(pci->config + at + 4, (uint32_t)desc->serial_number);
+        vfux_put32(pci->config + at + 8, (uint32_t)(desc->serial_number >> 32));
+    }
+    for (unsigned i = 0; i < desc->extended_vendor_cap_count; i++) {
+        const vfu_pci_vendor_cap *vendor = &desc->extended_vendor_caps[i];
+        at = vfux_pci_add_extended(pci, &end, &previous, VFUX_PCI_EXT_VENDOR, 1, 8u + vendor->len);
+        if (!at || vendor->version > 15)
+            return false;
+        vfux_put16(pci->config + at + 4, vendor->id);
+        vfux_put16(pci->config + at + 6, vendor->version | (8u + vendor->len) << 4);
+        memcpy(pci->config + at + 8, vendor->data, vendor->len);
+    }
+    return true;
+}
+
 static bool vfux_pci_build_caps(vfu_pci *pci, const vfu_pci_desc *desc)
 {
     uint16_t end = VFUX_PCI_FIRST_CAP;
@@ -4232,6 +4330,8 @@ static bool vfux_pci_build_caps(vfu_pci *pci, const vfu_pci_desc *desc)
         vfux_put16(pci->config + pci->pm_at + VFUX_PM_CONTROL, 0x0008); /* no reset between D3hot and D0 */
         vfux_put16(pci->writable + pci->pm_at + VFUX_PM_CONTROL, 0x0003);
     }
+    if (desc->msi.vectors && !vfux_pci_build_msi(pci, desc, &end, &link))
+        return false;
     if (desc->msix.vectors && !vfux_pci_build_msix(pci, desc, &end, &link))
         return false;
     if (desc->express && !vfux_pci_build_express(pci, desc, &end, &link))
@@ -4263,7 +4363,7 @@ VFU_API int vfu_pci_build(vfu_pci *pci, const vfu_pci_desc *desc)
     pci->writable[VFUX_PCI_CACHE_LINE] = 0xff;
     vfux_put16(pci->clearable + VFUX_PCI_STATUS, 0xf900); /* errors */
     if (desc->class_code > 0xffffff || desc->interrupt_pin > 4 || (desc->flr && !desc->express) || !vfux_pci_build_bars(pci, desc) ||
-        !vfux_pci_build_caps(pci, desc))
+        !vfux_pci_build_caps(pci, desc) || !vfux_pci_build_extended(pci, desc))
         return -EINVAL;
     memcpy(pci->initial, pci->config, sizeof(pci->config));
     return 0;
@@ -4285,6 +4385,8 @@ static unsigned vfux_pci_changed(const vfu_pci *pci, uint32_t at)
         return VFU_PCI_CHANGED_MSIX;
     if (pci->pm_at && at == pci->pm_at + (uint32_t)VFUX_PM_CONTROL)
         return VFU_PCI_CHANGED_POWER;
+    if (pci->msi_at && at > pci->msi_at && at < pci->msi_at + (uint32_t)VFUX_MSI_MASK_LEN)
+        return VFU_PCI_CHANGED_MSI;
     return 0;
 }
 
@@ -4313,6 +4415,8 @@ VFU_API void vfu_pci_disconnect(vfu_pci *pci)
     vfu_pci_set_intx_status(pci, false);
     if (pci->msix_at)
         pci->config[pci->msix_at + VFUX_MSIX_CONTROL + 1] &= 0x3f;
+    if (pci->msi_at)
+        pci->config[pci->msi_at + VFUX_MSI_CONTROL] &= 0xfe;
 }
 
 VFU_API uint16_t vfu_pci_command(const vfu_pci *pci) { return vfux_get16(pci->config + VFUX_PCI_COMMAND); }
@@ -4321,6 +4425,15 @@ VFU_API bool vfu_pci_msix_enabled(const vfu_pci *pci)
 {
     return pci->msix_at && pci->config[pci->msix_at + VFUX_MSIX_CONTROL + 1] & 0x80;
 }
+
+VFU_API bool vfu_pci_msix_masked(const vfu_pci *pci)
+{
+    return pci->msix_at && pci->config[pci->msix_at + VFUX_MSIX_CONTROL + 1] & 0x40;
+}
+
+VFU_API bool vfu_pci_msi_enabled(const vfu_pci *pci) { return pci->msi_at && pci->config[pci->msi_at + VFUX_MSI_CONTROL] & 1; }
+
+VFU_API unsigned vfu_pci_power(const vfu_pci *pci) { return pci->pm_at ? pci->config[pci->pm_at + VFUX_PM_CONTROL] & 3 : 0; }
 
 VFU_API void vfu_pci_set_intx_status(vfu_pci *pci, bool level)
 {
@@ -4333,6 +4446,14 @@ VFU_API uint8_t vfu_pci_capability(const vfu_pci *pci, uint8_t id)
     uint8_t at = pci->config[VFUX_PCI_CAPABILITIES];
     while (at && pci->config[at] != id)
         at = pci->config[at + 1];
+    return at;
+}
+
+VFU_API uint16_t vfu_pci_extended_capability(const vfu_pci *pci, uint16_t id)
+{
+    uint16_t at = pci->size > VFUX_PCI_FIRST_EXTENDED && vfux_get32(pci->config + VFUX_PCI_FIRST_EXTENDED) ? VFUX_PCI_FIRST_EXTENDED : 0;
+    while (at && vfux_get16(pci->config + at) != id)
+        at = vfux_get16(pci->config + at + 2) >> 4;
     return at;
 }
 
