@@ -632,11 +632,10 @@ VFU_API int vfu_caps_write(const vfu_caps *caps, char *out, size_t cap);
  */
 
 /*
- * How DMA_READ replies and DMA_WRITE requests are laid out on a connection. QEMU 10.1 and 10.2 put the data right behind a
- * 32-bit count, four bytes too early, and pad the message to its proper length. A DMA_READ reply of that kind shows by its
- * count, unless its first four bytes of data are 0; then it can't be told from a reply by the book whose data ends in four bytes
- * of 0. To learn the layout of a connection with certainty: send a DMA_READ with a count of 0x100000000. QEMU 10.1 and 10.2 see
- * a count of 0 and succeed without touching memory, everybody else refuses it (E2BIG).
+ * How DMA_READ replies and DMA_WRITE requests are laid out on a connection. QEMU 10.1 and 10.2 put the data right behind a 32-bit
+ * count, four bytes too early, and pad the message to its proper length. A DMA_READ reply of that kind shows by its count, unless
+ * its first four bytes of data are 0; then it can't be told from a reply by the book whose data ends in four bytes of 0.
+ * To learn the layout: a reply with at most 4 bytes of data is never ambiguous, and one with 4 that aren't all 0 proves it.
  */
 typedef enum vfu_dma_layout {
     VFU_DMA_LAYOUT_AUTO = 0,  /* DMA_READ replies that can be read in two ways with different results are refused */
@@ -841,7 +840,7 @@ typedef struct vfu_region_cap {
     uint16_t version;    /* 1 */
     const uint8_t *data; /* what follows the capability's 8-byte header */
     uint32_t data_len;   /* all of it that can belong to the capability: up to the next one, or to the end of the payload */
-    uint32_t next;       /* private: where the iteration goes on; 0 at its start, UINT32_MAX at its end */
+    uint32_t next;       /* private: where the iteration goes on; 0 at its start */
 } vfu_region_cap;
 
 /*
@@ -1470,15 +1469,31 @@ static void vfux_text_add(vfux_text *t, const char *s)
     vfux_text_bytes(t, s, strlen(s));
 }
 
+/* Divides by 10 in pieces of 16 bits and returns the rest: 32-bit compilers would call a routine for it that may not be there. */
+static uint32_t vfux_divide_by_10(uint64_t *value)
+{
+    uint64_t quotient = 0;
+    uint32_t rest = 0;
+
+    for (int shift = 48; shift >= 0; shift -= 16) {
+        uint32_t piece = rest << 16 | (uint32_t)(*value >> shift & 0xffff);
+        quotient = quotient << 16 | piece / 10;
+        rest = piece % 10;
+    }
+    *value = quotient;
+    return rest;
+}
+
 /* At least width digits */
-static void vfux_text_digits(vfux_text *t, uint64_t value, unsigned base, size_t width)
+static void vfux_text_digits(vfux_text *t, uint64_t value, bool hex, size_t width)
 {
     char digits[20]; /* 2^64 - 1 in decimal */
     size_t at = sizeof digits;
 
     do {
-        digits[--at] = "0123456789abcdef"[value % base];
-        value /= base;
+        uint32_t digit = hex ? (uint32_t)(value & 15) : vfux_divide_by_10(&value);
+        digits[--at] = "0123456789abcdef"[digit];
+        value = hex ? value >> 4 : value;
     } while (value != 0 || sizeof digits - at < width);
     vfux_text_bytes(t, digits + at, sizeof digits - at);
 }
@@ -1486,14 +1501,14 @@ static void vfux_text_digits(vfux_text *t, uint64_t value, unsigned base, size_t
 static void vfux_text_dec(vfux_text *t, const char *label, uint64_t value)
 {
     vfux_text_add(t, label);
-    vfux_text_digits(t, value, 10, 1);
+    vfux_text_digits(t, value, false, 1);
 }
 
 static void vfux_text_hex(vfux_text *t, const char *label, uint64_t value)
 {
     vfux_text_add(t, label);
     vfux_text_add(t, "0x");
-    vfux_text_digits(t, value, 16, 1);
+    vfux_text_digits(t, value, true, 1);
 }
 
 /*
@@ -1735,7 +1750,7 @@ static bool vfux_json_number(vfux_json *j, uint64_t *value, bool *plain)
     if (!vfux_json_take(j, '0')) {
         while (vfux_json_digit(j)) {
             uint64_t digit = (uint64_t)(*j->at++ - '0');
-            if (*value > (UINT64_MAX - digit) / 10) {
+            if (*value > UINT64_MAX / 10 || (*value == UINT64_MAX / 10 && digit > UINT64_MAX % 10)) {
                 *plain = false;
             }
             *value = *value * 10 + digit; /* may wrap, after which plain is false */
@@ -2113,15 +2128,15 @@ static bool vfux_feature_flags_valid(uint32_t flags)
 {
     uint32_t what = flags & ~VFU_FEATURE_INDEX_MASK;
 
-    if ((what & ~(VFU_FEATURE_GET | VFU_FEATURE_SET | VFU_FEATURE_PROBE)) != 0 || what == 0) {
-        return false;
-    }
-    return (what & VFU_FEATURE_PROBE) != 0 || what != (VFU_FEATURE_GET | VFU_FEATURE_SET);
+    return what != 0 && (what & ~(VFU_FEATURE_GET | VFU_FEATURE_SET | VFU_FEATURE_PROBE)) == 0 &&
+           what != (VFU_FEATURE_GET | VFU_FEATURE_SET); /* both at once only with PROBE */
 }
+
+#define VFUX_CAP_END 1u
 
 /*
  * A capability chain in data, which stands at 32 of a region info struct. Reads the capability at offset into *cap, with
- * cap->next the offset of the following one, or UINT32_MAX behind the last.
+ * cap->next the offset of the following one, or VFUX_CAP_END behind the last, which is no valid offset.
  * Offsets must grow, by a header at least, so a walk ends after data_len / 8 steps at most.
  *   0        there is none: the chain ends, or it goes on where data doesn't reach
  *   1        *cap is valid
@@ -2153,7 +2168,7 @@ static int vfux_cap_read(const uint8_t *data, uint32_t data_len, uint32_t offset
     cap->version = h.version;
     cap->data = data + at + sizeof h;
     cap->data_len = room - (uint32_t)sizeof h;
-    cap->next = h.next != 0 ? h.next : UINT32_MAX;
+    cap->next = h.next != 0 ? h.next : VFUX_CAP_END;
     return 1;
 }
 
@@ -2182,7 +2197,7 @@ static int vfux_cap_check(const uint8_t *data, uint32_t data_len, uint32_t cap_o
     if (offset == 0) {
         return 0;
     }
-    while (offset != UINT32_MAX) {
+    do {
         int rc = vfux_cap_read(data, data_len, offset, &cap);
         if (rc < 0) {
             return rc;
@@ -2191,7 +2206,7 @@ static int vfux_cap_check(const uint8_t *data, uint32_t data_len, uint32_t cap_o
             return truncated ? 0 : -EINVAL;
         }
         offset = cap.next;
-    }
+    } while (offset != VFUX_CAP_END);
     return 0;
 }
 
@@ -2460,8 +2475,8 @@ static int vfux_decode_dma_plain(const vfux_payload *in, bool reply, vfu_msg *m)
  *     by the book  address  count (64 bits)  data ...
  *     legacy       address  count   data ...            0 0 0 0
  *
- * Both have the same length. Without its padding the legacy form is taken only where it is expected: a reply by the book that lost
- * its last four bytes looks the same.
+ * Both have the same length. Without its padding the legacy form is taken only where it is expected: a reply by the book that
+ * lost its last four bytes looks the same.
  */
 static int vfux_decode_dma_data(const vfux_payload *in, vfu_dma_layout layout, bool reply, vfu_msg *m)
 {
@@ -3032,11 +3047,10 @@ VFU_API bool vfu_msg_next_cap(const vfu_msg *msg, vfu_region_cap *cap)
     if (offset == 0) {
         offset = msg->u.region_info.cap_offset;
     }
-    if (offset != UINT32_MAX && vfux_cap_read(msg->u.region_info.data, msg->u.region_info.data_len, offset, cap) == 1 &&
-        vfux_cap_complete(cap)) {
+    if (vfux_cap_read(msg->u.region_info.data, msg->u.region_info.data_len, offset, cap) == 1 && vfux_cap_complete(cap)) {
         return true;
     }
-    cap->next = UINT32_MAX;
+    cap->next = VFUX_CAP_END;
     return false;
 }
 
@@ -3286,14 +3300,14 @@ static void vfux_render_region(vfux_text *t, uint32_t i)
 {
     static const char *const names[] = {"BAR0", "BAR1", "BAR2", "BAR3", "BAR4", "BAR5", "ROM", "CONFIG", "VGA"};
 
-    vfux_render_name(t, names, VFUX_COUNT(names), " region", i);
+    vfux_render_name(t, names, VFUX_COUNT(names), " region ", i);
 }
 
 static void vfux_render_irq(vfux_text *t, uint32_t i)
 {
     static const char *const names[] = {"INTX", "MSI", "MSIX", "ERR", "REQ"};
 
-    vfux_render_name(t, names, VFUX_COUNT(names), " irq", i);
+    vfux_render_name(t, names, VFUX_COUNT(names), " irq ", i);
 }
 
 /* Data as one number if it has the width of one, else its first bytes */
@@ -3329,7 +3343,7 @@ static void vfux_render_data(vfux_text *t, const uint8_t *data, uint32_t n)
     vfux_text_add(t, " =");
     for (uint32_t i = 0; i < n && i < VFUX_RENDER_BYTES; i++) {
         vfux_text_add(t, " ");
-        vfux_text_digits(t, data[i], 16, 2);
+        vfux_text_digits(t, data[i], true, 2);
     }
     if (n > VFUX_RENDER_BYTES) {
         vfux_text_add(t, " ...");
@@ -3444,13 +3458,13 @@ static void vfux_render_feature(vfux_text *t, const vfu_msg *m)
     const uint8_t *bitmap;
     uint32_t n;
 
-    vfux_render_name(t, names, VFUX_COUNT(names), " feature", m->u.feature.flags & VFU_FEATURE_INDEX_MASK);
+    vfux_render_name(t, names, VFUX_COUNT(names), " feature ", m->u.feature.flags & VFU_FEATURE_INDEX_MASK);
     vfux_render_bits(t, m->u.feature.flags >> 16, what, VFUX_COUNT(what));
     vfux_text_dec(t, " argsz ", m->u.feature.argsz);
     if (vfu_feature_migration(m, &mig) == 0) {
         vfux_render_bits(t, mig.flags, migration, VFUX_COUNT(migration));
     } else if (vfu_feature_mig_state(m, &state) == 0) {
-        vfux_render_name(t, states, VFUX_COUNT(states), " state", state.state);
+        vfux_render_name(t, states, VFUX_COUNT(states), " state ", state.state);
     } else if (vfu_feature_log_control(m, &control) == 0) {
         vfux_text_hex(t, " page ", control.page_size);
         vfux_text_dec(t, " ranges ", control.num_ranges);
@@ -3572,7 +3586,7 @@ VFU_API int vfu_msg_render(const vfu_msg *msg, char *out, size_t cap)
     vfux_text t = {out, cap != 0 ? cap - 1 : 0, 0};
 
     vfux_text_add(&t, vfu_msg_is_reply(msg) ? "<- 0x" : "-> 0x");
-    vfux_text_digits(&t, msg->id, 16, 4);
+    vfux_text_digits(&t, msg->id, true, 4);
     vfux_render_name(&t, vfux_cmd_names, VFUX_COUNT(vfux_cmd_names), " command ", msg->cmd);
     if (vfu_msg_is_error(msg)) {
         vfux_text_add(&t, " error");
@@ -3778,7 +3792,7 @@ VFU_API int vfu_conn_create(vfu_conn **out, const vfu_conn_desc *desc)
     int err = max_msg < VFU_HDR_SIZE || max_msg > INT_MAX - VFUX_RX_EXTRA || max_fds > VFU_FDS_MAX ? -EINVAL : 0;
     vfu_conn *conn = NULL;
     *out = NULL;
-    if (!err && fd >= 0) {
+    if (!err && !desc->io) {
         int flags = fcntl(fd, F_GETFL), cloexec = fcntl(fd, F_SETFD, FD_CLOEXEC);
         if (flags < 0 || cloexec < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) < 0)
             err = -errno;
@@ -4035,6 +4049,8 @@ static int vfux_conn_send_msg(vfu_conn *conn, const vfu_msg *msg, const int *fds
 static int vfux_sock_address(struct sockaddr_un *address, const char *path)
 {
     *address = (struct sockaddr_un){.sun_family = AF_UNIX};
+    if (!*path)
+        return -ENOENT;
     if (strlen(path) >= sizeof(address->sun_path))
         return -ENAMETOOLONG;
     memcpy(address->sun_path, path, strlen(path));
@@ -4084,16 +4100,16 @@ VFU_API int vfu_sock_listen(const char *path)
     if (fd < 0)
         return -errno;
     int bound = bind(fd, (struct sockaddr *)&address, sizeof(address));
-    if (bound < 0 && errno == EADDRINUSE && vfux_sock_is_stale(path)) {
+    err = bound < 0 ? -errno : 0;
+    if (err == -EADDRINUSE && vfux_sock_is_stale(path)) {
         unlink(path);
-        bound = bind(fd, (struct sockaddr *)&address, sizeof(address));
+        err = bind(fd, (struct sockaddr *)&address, sizeof(address)) < 0 ? -errno : 0;
     }
-    if (bound < 0 || listen(fd, 16) < 0) {
+    if (!err && listen(fd, 16) < 0)
         err = -errno;
+    if (err)
         close(fd);
-        return err;
-    }
-    return fd;
+    return err ? err : fd;
 }
 
 VFU_API int vfu_sock_accept(int listener)
