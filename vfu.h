@@ -1141,10 +1141,17 @@ VFU_API uint16_t vfu_pci_extended_capability(const vfu_pci *pci, uint16_t id);
  * When a client leaves, whatever was asked of it is cancelled, its mappings, descriptors and interrupts are dropped; the device's
  * own state stays (specification, "Client Disconnection").
  *
- * All functions, and all callbacks, belong to the thread that polls, but for vfu_dev_raise, vfu_dev_iommu and vfu_dev_stop.
+ * All functions, and all callbacks, belong to the thread that polls, but for vfu_dev_raise, vfu_dev_complete, vfu_dev_iommu with
+ * readers of it, and vfu_dev_stop.
+ *
+ * Requests are answered in the order in which they came. A callback that can't answer at once takes a ticket, returns VFU_PENDING,
+ * and some thread completes the ticket later; until then, the client's further commands wait. DMA goes on meanwhile.
  */
 
 typedef struct vfu_dev vfu_dev;
+
+/* What a callback returns when its answer comes later. */
+#define VFU_PENDING 1
 
 /* Why a device is reset. */
 typedef enum vfu_reset_kind { VFU_RESET_BY_CLIENT = 0, VFU_RESET_BY_FUNCTION = 1 } vfu_reset_kind;
@@ -1154,29 +1161,66 @@ typedef enum vfu_reset_kind { VFU_RESET_BY_CLIENT = 0, VFU_RESET_BY_FUNCTION = 1
  * with that error. The library has checked all bounds before.
  */
 typedef struct vfu_dev_callbacks {
-    /* The client reads or writes [offset, offset + len) of a region, len > 0. Return 0 or a negative errno. NULL: reads as zero,
-     * ignores writes. Not called for the configuration space, nor for the MSI-X table and PBA. */
+    /* The client reads or writes [offset, offset + len) of a region, len > 0. Return 0, a negative errno or VFU_PENDING; buf is dead
+     * then, and the data of a read comes with vfu_dev_complete. NULL: reads as zero, ignores writes. Not called for the
+     * configuration space, nor for the MSI-X table and PBA. */
     int (*region_read)(void *ctx, uint32_t region, uint64_t offset, void *buf, size_t len);
     int (*region_write)(void *ctx, uint32_t region, uint64_t offset, const void *buf, size_t len);
 
-    /* Back to the initial state. The configuration space and the MSI-X table are reset already; mappings and interrupts stay. */
+    /* Back to the initial state. The configuration space, the MSI-X table and the migration state are reset already, transfers are
+     * forgotten (their `done` isn't called); mappings and interrupts stay. */
     void (*reset)(void *ctx, vfu_reset_kind kind);
 
-    /* The configuration space was written; changed is VFU_PCI_CHANGED_*. */
+    /* Before the client writes the configuration space: return a negative errno to refuse it. And after it was written; changed is
+     * VFU_PCI_CHANGED_*. */
+    int (*config_writing)(void *ctx, uint32_t offset, const void *buf, uint32_t len);
     void (*config_written)(void *ctx, unsigned changed);
 
-    /* After VERSION; and when that client has gone: mappings and interrupts are dropped when it returns. */
+    /* After VERSION; and when that client has gone: mappings and interrupts are dropped when it returns, tickets and transfers are
+     * forgotten already. */
     void (*connected)(void *ctx);
     void (*disconnected)(void *ctx);
 
     /* Work that isn't the answer to a request, asked for with vfu_dev_want_work. Called by poll after the replies were sent,
-     * without a request under way; so it may use memory that only messages reach. True: call again soon. */
+     * without a request under way; so it may use memory that only messages reach. Not called in migration states in which the
+     * device is stopped. True: call again soon. */
     bool (*work)(void *ctx);
 
     /* A mapping was added; and one was removed, when no access to it is in flight any more. */
     void (*dma_mapped)(void *ctx, const vfu_iommu_mapping *mapping);
     void (*dma_unmapped)(void *ctx, const vfu_iommu_mapping *mapping);
 } vfu_dev_callbacks;
+
+/*
+ * Live migration (specification, "VFIO_USER_DEVICE_FEATURE"). The library keeps the state machine and takes it along legal arcs only,
+ * by the shortest path; the device follows each arc.
+ */
+typedef struct vfu_migration {
+    bool pre_copy; /* PRE_COPY is supported: data can be read while the device runs */
+
+    /* Goes from one state to the next, one arc of the specification. In STOP, STOP_COPY and RESUMING the device changes neither its
+     * own state nor the client's memory. RESUMING -> STOP checks and takes what was written. Return 0; a negative errno: the device
+     * stays in `from`; -ENOTRECOVERABLE: it is in no valid state any more, and ERROR until it is reset; or VFU_PENDING. NULL: no
+     * migration. */
+    int (*change)(void *ctx, vfu_mig_state from, vfu_mig_state to);
+
+    /* Gives up to len > 0 bytes of the device's state and returns how many; fewer: there is no more for now. In PRE_COPY and
+     * STOP_COPY. */
+    int64_t (*read)(void *ctx, void *buf, size_t len);
+
+    /* Takes len > 0 bytes. In RESUMING. Return 0 or a negative errno. */
+    int (*write)(void *ctx, const void *buf, size_t len);
+} vfu_migration;
+
+/* A part of a region whose writes, or accesses, a client may hand to a descriptor (KVM's ioeventfd and ioregionfd). */
+typedef struct vfu_io_fd {
+    uint32_t region;
+    uint32_t type;        /* VFU_IO_FD_* */
+    uint64_t offset, size; /* bytes; size 0: any width */
+    int fd;               /* borrowed until the device is destroyed; may be that of others */
+    uint32_t flags;       /* KVM's, for the type */
+    uint64_t data;        /* datamatch or user_data */
+} vfu_io_fd;
 
 /* What of a region a client may map. The areas are multiples of its page size. */
 typedef struct vfu_region_share {
@@ -1186,18 +1230,52 @@ typedef struct vfu_region_share {
     uint32_t area_count;
 } vfu_region_share;
 
+/* A region of the device's own, from index VFU_PCI_NUM_REGIONS on. */
+typedef struct vfu_extra_region {
+    uint64_t size;          /* bytes */
+    uint32_t type, subtype; /* of the type capability: VFIO_REGION_TYPE_* of linux/vfio.h */
+    bool read_only;
+    const vfu_region_share *share; /* NULL: every access is a message */
+} vfu_extra_region;
+
+/*
+ * What is done for clients that differ from the specification, or that need more of it. All off is right for QEMU.
+ *
+ *     no_mmap                never map a client's memory, every DMA is a message: for a device that isn't to be trusted
+ *     map_exactly            map just the pages of each DMA_MAP, and unmap them with it, instead of each file once: a stray pointer of the
+ *                            device meets nothing that is not mapped now. Costs an mmap() and a munmap() per mapping
+ *     complete_accesses      region accesses that fail read all ones or are ignored, and are never answered with an error: Cloud
+ *                            Hypervisor's client waits for ever for the rest of an error reply
+ *     msix_masks             the MSI-X table's masks and the function mask hold interrupts back, and the PBA shows them: for simulators. QEMU
+ *                            and other clients of VFIO keep the table to themselves, and what they write must have no effect
+ *     exact_unmap            DMA_UNMAP must name exactly one mapping, else -ENOENT, as the specification's text has it, instead of the
+ *                            kernel's semantics, which QEMU needs when a guest has an IOMMU
+ */
+typedef struct vfu_policy {
+    bool no_mmap, map_exactly, complete_accesses, msix_masks, exact_unmap;
+} vfu_policy;
+
 typedef struct vfu_dev_desc {
     vfu_pci_desc pci; /* regions 0 to 5 are its BARs, 6 its ROM, 7 its configuration space */
     const vfu_region_share *share[6]; /* for each BAR; NULL: every access is a message */
 
+    const vfu_extra_region *extra_regions; /* copied, as are shares and their areas */
+    uint32_t extra_region_count;           /* at most 64 */
+    const vfu_io_fd *io_fds;               /* copied */
+    uint32_t io_fd_count;
+
     void *ctx; /* first argument of the callbacks */
     vfu_dev_callbacks callbacks;
+    vfu_migration migration;
 
     uint32_t max_data_xfer_size; /* bytes that one message may carry; 0: 1 MiB; at most 16 MiB */
     uint32_t max_dma_maps;       /* 0: 65535 */
     uint32_t max_readers;        /* threads that do DMA, besides the one that polls; 0: 15 */
     uint32_t greeting_ms;        /* a client that has not sent VERSION by then is dropped; 0: 10000 */
-    bool no_mmap;                /* policy: never map a client's memory; every DMA is a message */
+    uint32_t dma_timeout_ms;     /* a DMA message that isn't answered by then fails with -ETIMEDOUT; 0: no limit */
+    uint32_t busy_us;            /* vfu_dev_run: how long to look for messages again and again before sleeping; 0: not at all */
+    bool twin_socket;            /* DMA messages on a socket of their own, if the client can */
+    vfu_policy policy;
 
     vfu_alloc alloc;   /* copied */
     vfu_logger logger; /* copied */
@@ -1224,7 +1302,7 @@ typedef struct vfu_pollfd {
     int fd;
     short events; /* POLLIN, POLLOUT */
 } vfu_pollfd;
-#define VFU_DEV_FDS 3
+#define VFU_DEV_FDS 4
 
 VFU_API int vfu_dev_run(vfu_dev *dev);
 VFU_API int vfu_dev_poll(vfu_dev *dev);
@@ -1236,6 +1314,17 @@ VFU_API void vfu_dev_stop(vfu_dev *dev);
 
 /* Asks for the work callback. */
 VFU_API void vfu_dev_want_work(vfu_dev *dev);
+
+/*
+ * Answers that come later. In a callback that may return VFU_PENDING, vfu_dev_ticket gives the request's ticket. vfu_dev_complete answers
+ * it, from any thread: result is 0 or a negative errno, and data, copied, the len bytes that were read (NULL for others). 0; -ECANCELED:
+ * the client has gone, or has no such request; -EINVAL: data of another length than was asked for.
+ */
+VFU_API uint64_t vfu_dev_ticket(vfu_dev *dev);
+VFU_API int vfu_dev_complete(vfu_dev *dev, uint64_t ticket, int result, const void *data, size_t len);
+
+/* Where migration stands; VFU_MIG_STATE_RUNNING for a device that has none. */
+VFU_API vfu_mig_state vfu_dev_migration_state(const vfu_dev *dev);
 
 /* The device's configuration space, to look at. */
 VFU_API const vfu_pci *vfu_dev_pci(vfu_dev *dev);
@@ -1250,8 +1339,9 @@ VFU_API void vfu_dev_set_intx(vfu_dev *dev, bool level);
 
 /*
  * The client's memory. vfu_dev_iommu is the table; threads of the device open readers of it. vfu_dev_reader is the one of the thread
- * that polls. Memory that only messages reach can't be accessed with a reader (-EDEADLK: a client that waits for a reply does not
- * answer); for this there is vfu_dev_dma, which takes memory of every kind.
+ * that polls. With memory that only messages reach, a reader of another thread waits for the client's answer; that of the thread
+ * that polls gets -EDEADLK, since it is the one that would receive the answer, and since clients don't answer while they wait for a
+ * reply themselves. It has vfu_dev_dma, which takes memory of every kind.
  */
 VFU_API vfu_iommu *vfu_dev_iommu(vfu_dev *dev);
 VFU_API vfu_iommu_reader *vfu_dev_reader(vfu_dev *dev);
@@ -1271,13 +1361,14 @@ typedef struct vfu_dma {
     /* private */
     struct vfu_dma *next;
     uint64_t sent, finished; /* bytes */
+    uint64_t deadline;       /* ms */
     bool active, unmapped;
 } vfu_dma;
 
 /*
  * Starts one. 0: it is done, `done` is not called. 1: messages are under way, `done` will be called. Or it failed, at once or as the
  * argument of done: -ENOENT, -EACCES: refused as a whole before a byte moved, or the client has unmapped it meanwhile; -EINVAL: the
- * range wraps; -EFAULT: memory is gone; -EIO: the client refused, or answered wrongly; -ENOTCONN: no client.
+ * range wraps; -EFAULT: memory is gone; -EIO: the client refused, or answered wrongly; -ETIMEDOUT: not at all; -ENOTCONN: no client.
  */
 VFU_API int vfu_dev_dma(vfu_dev *dev, vfu_dma *dma);
 
@@ -3721,6 +3812,7 @@ struct vfu_conn {
     bool rx_broken; /* no message can begin at rx_scanned */
     vfux_batch rx_batches[VFUX_BATCHES];
     unsigned rx_batch_count;
+    size_t rx_hole_at, rx_hole_len; /* a message that was taken from behind others; closed by the next call */
     size_t tx_start, tx_end;
     uint64_t tx_at; /* stream position of tx[0] */
     vfux_batch tx_batches[VFUX_BATCHES];
@@ -3871,10 +3963,25 @@ static void vfux_conn_keep(vfu_conn *conn, uint64_t at, int *fds, unsigned count
     vfux_close_all(fds + kept, count - kept);
 }
 
+/* Moves the messages in front of one that was taken out of turn to where that one was. */
+static void vfux_conn_close_hole(vfu_conn *conn)
+{
+    size_t before = conn->rx_hole_at - conn->rx_start;
+    if (!conn->rx_hole_len)
+        return;
+    for (unsigned i = 0; i < conn->rx_batch_count; i++)
+        if (conn->rx_batches[i].at < conn->rx_at + conn->rx_hole_at)
+            conn->rx_batches[i].at += conn->rx_hole_len;
+    memmove(conn->rx + conn->rx_start + conn->rx_hole_len, conn->rx + conn->rx_start, before);
+    conn->rx_start += conn->rx_hole_len;
+    conn->rx_hole_len = 0;
+}
+
 /* Is there room to receive, for bytes and for descriptors? Makes some by moving what is left of the last message to the front. If
  * there is none, a whole message waits to be taken. */
 static bool vfux_conn_has_room(vfu_conn *conn)
 {
+    vfux_conn_close_hole(conn);
     if (conn->rx_start && conn->capacity - conn->rx_end < VFUX_RX_EXTRA) {
         memmove(conn->rx, conn->rx + conn->rx_start, conn->rx_end - conn->rx_start);
         conn->rx_at += conn->rx_start;
@@ -3903,31 +4010,70 @@ VFU_API int vfu_conn_receive(vfu_conn *conn)
     return (int)n;
 }
 
-VFU_API int vfu_conn_next(vfu_conn *conn, vfu_frame *frame)
+/* The message at offset `at` of the buffer, with its descriptors. 1; 0: it is not complete; -EBADMSG. */
+static int vfux_conn_take(vfu_conn *conn, vfu_frame *frame, size_t at)
 {
     uint32_t size;
-    vfux_close_all(frame->fds, frame->fd_count);
-    frame->fd_count = frame->fds_refused = 0;
-    int err = vfu_msg_size(conn->rx + conn->rx_start, conn->rx_end - conn->rx_start, conn->max_msg, &size);
+    int err = vfu_msg_size(conn->rx + at, conn->rx_end - at, conn->max_msg, &size);
     if (err)
         return err == -EAGAIN ? 0 : err;
-    if (size > conn->rx_end - conn->rx_start)
+    if (size > conn->rx_end - at)
         return 0;
-    frame->bytes = conn->rx + conn->rx_start;
+    frame->bytes = conn->rx + at;
     frame->len = size;
-    vfux_batch *batch = conn->rx_batches;
-    if (conn->rx_batch_count && batch->at == conn->rx_at + conn->rx_start) {
+    for (unsigned i = 0; i < conn->rx_batch_count; i++) {
+        vfux_batch *batch = &conn->rx_batches[i];
+        if (batch->at != conn->rx_at + at)
+            continue;
         memcpy(frame->fds, batch->fds, sizeof(batch->fds));
         frame->fd_count = batch->count;
         frame->fds_refused = batch->refused;
-        memmove(batch, batch + 1, --conn->rx_batch_count * sizeof(*batch));
+        memmove(batch, batch + 1, (--conn->rx_batch_count - i) * sizeof(*batch));
     }
-    conn->rx_start += size;
+    return 1;
+}
+
+static void vfux_frame_release(vfu_frame *frame)
+{
+    vfux_close_all(frame->fds, frame->fd_count);
+    frame->fd_count = frame->fds_refused = 0;
+}
+
+VFU_API int vfu_conn_next(vfu_conn *conn, vfu_frame *frame)
+{
+    vfux_conn_close_hole(conn);
+    vfux_frame_release(frame);
+    int got = vfux_conn_take(conn, frame, conn->rx_start);
+    if (got != 1)
+        return got;
+    conn->rx_start += frame->len;
     if (conn->rx_start == conn->rx_end) { /* empty: start again at the front; the frame's bytes stay until the next receive */
         conn->rx_at += conn->rx_end;
         conn->rx_start = conn->rx_end = conn->rx_scanned = 0;
     }
     return 1;
+}
+
+/* The same for the first reply, wherever it is: the commands before it stay. */
+static int vfux_conn_next_reply(vfu_conn *conn, vfu_frame *frame)
+{
+    uint32_t size = 0;
+    vfux_conn_close_hole(conn);
+    vfux_frame_release(frame);
+    for (size_t at = conn->rx_start;; at += size) {
+        vfu_wire_header header;
+        int err = vfu_msg_size(conn->rx + at, conn->rx_end - at, conn->max_msg, &size);
+        if (err)
+            return err == -EAGAIN ? 0 : err;
+        if (size > conn->rx_end - at)
+            return 0;
+        memcpy(&header, conn->rx + at, sizeof(header));
+        if ((header.flags & VFU_HDR_TYPE_MASK) == VFU_HDR_COMMAND)
+            continue;
+        conn->rx_hole_at = at;
+        conn->rx_hole_len = size;
+        return vfux_conn_take(conn, frame, at);
+    }
 }
 
 VFU_API bool vfu_conn_is_waiting(const vfu_conn *conn) { return conn->tx_start < conn->tx_end; }
@@ -4476,7 +4622,6 @@ VFU_API uint16_t vfu_pci_extended_capability(const vfu_pci *pci, uint16_t id)
 /* ==== device ============================================================================================================= */
 
 enum {
-    VFUX_REGIONS = VFU_PCI_NUM_REGIONS,
     VFUX_XFER_DEFAULT = 1 << 20,   /* bytes: max_data_xfer_size where nothing is said */
     VFUX_XFER_MAX = 16 << 20,
     VFUX_DMA_CHUNK = 128 << 10,    /* bytes of one DMA message; QEMU breaks the stream of larger ones */
@@ -4486,6 +4631,8 @@ enum {
     VFUX_BUDGET = 64,              /* messages handled by one poll */
     VFUX_WARNINGS = 100,           /* lines of log that one client can cause */
     VFUX_AREAS = 64,               /* areas of a region */
+    VFUX_EXTRA_REGIONS = 64,
+    VFUX_MIG_STATES = 8,
     VFUX_GREETING_MS = 10000,
     VFUX_PAGE = 4096               /* granule of mappings: the pgsizes that VERSION says */
 };
@@ -4502,6 +4649,7 @@ typedef struct vfux_window {
     char *base;
     bool writable;
     bool sealed; /* the file can't shrink and has all its pages: accesses can't fault */
+    bool exact;  /* for one mapping only */
     uint32_t refs;
 } vfux_window;
 
@@ -4526,20 +4674,67 @@ typedef struct vfux_intx {
     int unmask_fd; /* signalled by the client at the end of an interrupt; -1: none */
 } vfux_intx;
 
+/* A region as GET_REGION_INFO describes it. */
+typedef struct vfux_region {
+    uint64_t size;
+    bool read_only, shared, typed;
+    uint32_t type, subtype;
+    int fd;
+    uint64_t offset;
+    vfu_wire_sparse_area *areas;
+    uint32_t area_count;
+} vfux_region;
+
+/* An answer in the making: the message, whose views point to data of the device, and the descriptors that go with it. */
+typedef struct vfux_answer {
+    vfu_msg msg;
+    int fds[VFU_FDS_MAX]; /* borrowed */
+    unsigned fd_count;
+} vfux_answer;
+
+/* The request that a callback answers later. Under the lock, from the moment its ticket was taken. */
+typedef struct vfux_pending {
+    uint64_t ticket; /* 0: there is none */
+    bool completed;
+    int result;
+    size_t wanted; /* bytes that a read gives */
+    vfu_msg request; /* its header; the views are dead */
+    vfux_answer answer;
+} vfux_pending;
+
+/* A thread that waits for memory that only messages reach. Under the lock until the thread that polls has taken it. */
+typedef struct vfux_wait {
+    vfu_dma dma;
+    vfu_dev *dev;
+    struct vfux_wait *next;
+    bool done;
+    int result;
+} vfux_wait;
+
 struct vfu_dev {
-    vfu_dev_desc desc; /* with the defaults filled in; pointers into it are not kept */
-    vfu_wire_sparse_area *areas[6];
-    uint32_t area_counts[6];
-    vfu_region_share shares[6];
+    vfu_dev_desc desc; /* with the defaults filled in; pointers in it to anything but functions are not kept */
+    vfux_region *regions;
+    uint32_t region_count;
+    vfu_io_fd *io_fds;
+    uint32_t io_fd_count;
 
     int listener;
     char *path; /* of a socket file that is ours to remove */
     dev_t path_dev;
     ino_t path_ino;
     int wake_fd; /* eventfd that ends a wait */
-    atomic_bool stopped;
+    atomic_bool stopped, woken;
+    _Atomic uintptr_t poller; /* the thread that polls: address of its vfux_this_thread */
+
+    pthread_mutex_t lock;   /* of what other threads reach: pending, waits, revoked */
+    pthread_cond_t changed; /* a wait is done */
+    vfux_pending pending;
+    uint64_t last_ticket;
+    vfux_wait *waits; /* not yet taken by the thread that polls */
+    uint64_t revoked_first, revoked_last; /* being unmapped: nobody may wait for it any more; nothing if first > last */
 
     vfu_conn *conn; /* NULL: no client */
+    vfu_conn *twin; /* for DMA messages; NULL: they go over conn */
     vfu_frame frame;
     bool greeted;
     uint64_t greeting_until;
@@ -4547,6 +4742,7 @@ struct vfu_dev {
     uint32_t peer_xfer; /* bytes of data that both ends take in one message */
     unsigned warnings;
     const char *why; /* what was wrong with the request at hand; for the log */
+    size_t reading;  /* bytes that the request at hand reads */
 
     vfu_iommu *iommu;
     vfu_iommu_reader *reader;
@@ -4554,7 +4750,10 @@ struct vfu_dev {
 
     vfu_pci pci;
     uint8_t *msix_table;
-    size_t msix_size; /* bytes */
+    size_t msix_size;                /* bytes */
+    _Atomic uint32_t *msix_pending;  /* the PBA */
+    _Atomic uint8_t *msix_masked;    /* for each vector, with the policy msix_masks */
+    size_t pba_size;                 /* bytes */
     vfux_intx intx;
     uint32_t irq_counts[VFU_PCI_NUM_IRQS], irq_first[VFU_PCI_NUM_IRQS], irq_total;
     _Atomic int *irqs; /* for each interrupt: -1, or its eventfd * 2 + 1 if a write to it could block */
@@ -4567,9 +4766,14 @@ struct vfu_dev {
     unsigned dma_held;    /* slots that are held */
     vfu_dma_layout layout;
 
+    vfu_mig_state mig_state, mig_wanted;
+    uint64_t multi_done, multi_count; /* REGION_WRITE_MULTI: its entries are in `data` */
     bool work_wanted, more;
-    uint8_t *data; /* payload of the reply in the making, max_data_xfer_size bytes */
+    uint8_t *data; /* payload of the reply in the making */
+    size_t data_size;
 };
+
+static _Thread_local char vfux_this_thread;
 
 static void vfux_warn(vfu_dev *dev, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
@@ -4637,20 +4841,107 @@ static int vfux_guard(void *ctx, void (*body)(void *arg), void *arg, const void 
 
 /* ---- the client's memory ---------------------------------------------------------------------------------------------------- */
 
-/* Memory that only messages reach is not for readers: whoever would wait here keeps the client from answering. */
+static void vfux_wake(vfu_dev *dev)
+{
+    uint64_t one = 1;
+    if (!atomic_exchange(&dev->woken, true))
+        while (write(dev->wake_fd, &one, sizeof(one)) < 0 && errno == EINTR) {
+        }
+}
+
+static void vfux_wait_done(vfu_dma *dma, int result)
+{
+    vfux_wait *wait = dma->user;
+    vfu_dev *dev = wait->dev;
+    pthread_mutex_lock(&dev->lock);
+    wait->result = result;
+    wait->done = true;
+    pthread_cond_broadcast(&dev->changed);
+    pthread_mutex_unlock(&dev->lock);
+}
+
+/* Memory that only messages reach: the thread that polls does it for the others. It can't wait for itself. */
+static int vfux_message_access(vfu_dev *dev, uint64_t iova, void *buf, size_t len, bool to_client)
+{
+    if (atomic_load(&dev->poller) == (uintptr_t)&vfux_this_thread)
+        return -EDEADLK;
+    vfux_wait wait = {.dev = dev, .dma = {.iova = iova, .buf = buf, .len = len, .to_client = to_client, .done = vfux_wait_done}};
+    wait.dma.user = &wait;
+    pthread_mutex_lock(&dev->lock);
+    bool revoked = iova <= dev->revoked_last && iova + (len - 1) >= dev->revoked_first;
+    if (!revoked) {
+        wait.next = dev->waits;
+        dev->waits = &wait;
+        vfux_wake(dev);
+        while (!wait.done)
+            pthread_cond_wait(&dev->changed, &dev->lock);
+    }
+    pthread_mutex_unlock(&dev->lock);
+    return revoked ? -ENOENT : wait.result;
+}
+
 static int vfux_message_read(void *ctx, uint64_t iova, void *dst, size_t len)
 {
-    (void)ctx, (void)iova, (void)dst, (void)len;
-    return -EDEADLK;
+    return vfux_message_access(ctx, iova, dst, len, false);
 }
 
 static int vfux_message_write(void *ctx, uint64_t iova, const void *src, size_t len)
 {
-    (void)ctx, (void)iova, (void)src, (void)len;
-    return -EDEADLK;
+    void *buf;
+    memcpy(&buf, &src, sizeof(buf)); /* a vfu_dma to the client only reads it */
+    return vfux_message_access(ctx, iova, buf, len, true);
 }
 
-static const vfu_iommu_io vfux_message_io = {vfux_message_read, vfux_message_write, NULL};
+/* Takes the threads that wait out of the list, those on [first, last] only, and gives them to `each`. */
+static void vfux_waits_take(vfu_dev *dev, uint64_t first, uint64_t last, void (*each)(vfu_dev *dev, vfux_wait *wait))
+{
+    vfux_wait *taken = NULL;
+    pthread_mutex_lock(&dev->lock);
+    for (vfux_wait **link = &dev->waits; *link;) {
+        vfux_wait *wait = *link;
+        if (wait->dma.iova > last || wait->dma.iova + (wait->dma.len - 1) < first) {
+            link = &wait->next;
+        } else {
+            *link = wait->next;
+            wait->next = taken;
+            taken = wait;
+        }
+    }
+    pthread_mutex_unlock(&dev->lock);
+    for (vfux_wait *next; taken; taken = next) {
+        next = taken->next;
+        each(dev, taken);
+    }
+}
+
+static void vfux_wait_refuse(vfu_dev *dev, vfux_wait *wait)
+{
+    (void)dev;
+    vfux_wait_done(&wait->dma, -ENOENT);
+}
+
+static void vfux_dma_finish(vfu_dev *dev, vfu_dma *dma, int result);
+
+/* An unmap, which the thread that polls does, waits for those that wait for that thread: they give up. */
+static void vfux_message_let_go(void *ctx, uint64_t iova, uint64_t size)
+{
+    vfu_dev *dev = ctx;
+    uint64_t last = iova + (size - 1);
+    pthread_mutex_lock(&dev->lock);
+    dev->revoked_first = iova;
+    dev->revoked_last = last;
+    pthread_mutex_unlock(&dev->lock);
+    vfux_waits_take(dev, iova, last, vfux_wait_refuse);
+    for (vfu_dma *dma = dev->dmas, *next; dma; dma = next) {
+        next = dma->next;
+        if (dma->done == vfux_wait_done && dma->iova <= last && dma->iova + (dma->len - 1) >= iova) {
+            vfux_dma_finish(dev, dma, -ENOENT);
+            next = dev->dmas;
+        }
+    }
+}
+
+static const vfu_iommu_io vfux_message_io = {vfux_message_read, vfux_message_write, vfux_message_let_go};
 
 static void vfux_window_unref(vfu_dev *dev, vfux_window *window)
 {
@@ -4668,7 +4959,7 @@ static void vfux_window_unref(vfu_dev *dev, vfux_window *window)
 static int vfux_window_map(vfux_window *window, int fd, uint64_t offset, uint64_t size, uint64_t file_size)
 {
     uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE), whole_max = sizeof(void *) > 4 ? UINT64_C(1) << 40 : UINT64_C(1) << 28;
-    bool whole = file_size <= whole_max;
+    bool whole = file_size <= whole_max && !window->exact;
     uint64_t first = whole ? 0 : offset & ~(page - 1), end = whole ? file_size : offset + size;
     if (end - first > SIZE_MAX / 2)
         return -ENOMEM;
@@ -4694,7 +4985,8 @@ static int vfux_window_make(vfu_dev *dev, vfux_window **out, int fd, const struc
         return -ENOMEM;
     window->dev = st->st_dev;
     window->ino = st->st_ino;
-    window->writable = access == O_RDWR;
+    window->exact = dev->desc.policy.map_exactly;
+    window->writable = access == O_RDWR && (write || !window->exact);
     int seals = fcntl(fd, F_GET_SEALS);
     struct statfs fs;
     /* Huge pages can be missing in a file that can't shrink: no page is reserved for this mapping. */
@@ -4731,7 +5023,7 @@ static int vfux_window_get(vfu_dev *dev, vfux_window **out, int fd, uint64_t off
         dev->why = "the file is shorter than the mapping";
         return -EINVAL;
     }
-    vfux_window *window = dev->windows;
+    vfux_window *window = dev->desc.policy.map_exactly ? NULL : dev->windows;
     while (window && !(window->dev == st.st_dev && window->ino == st.st_ino && (window->writable || !write) &&
                        offset >= window->offset && offset - window->offset <= window->len && size <= window->len - (offset - window->offset)))
         window = window->next;
@@ -4831,6 +5123,8 @@ static void vfux_irqs_release(vfu_dev *dev)
 
 /* ---- DMA by message ------------------------------------------------------------------------------------------------------------ */
 
+static vfu_conn *vfux_dma_conn(vfu_dev *dev) { return dev->twin ? dev->twin : dev->conn; }
+
 static void vfux_slot_free(vfu_dev *dev, vfux_slot *slot)
 {
     if (slot->held)
@@ -4876,6 +5170,7 @@ static int vfux_slot_send(vfu_dev *dev, vfux_slot *slot)
     /* The slot's number, and a sequence that tells a late reply from the one that is expected. */
     slot->id = (uint16_t)((unsigned)(slot - dev->slots) | (unsigned)(dev->dma_sequence++ * VFUX_DMA_SLOTS));
     slot->layout = dev->layout;
+    slot->dma->deadline = dev->desc.dma_timeout_ms ? vfux_now_ms() + dev->desc.dma_timeout_ms : UINT64_MAX;
     dev->dma_held -= slot->held;
     slot->held = false;
     vfu_msg_init(&msg, slot->id, slot->cmd);
@@ -4889,16 +5184,16 @@ static int vfux_slot_send(vfu_dev *dev, vfux_slot *slot)
         msg.u.dma.legacy = slot->layout == VFU_DMA_LAYOUT_QEMU10;
     }
     if (!msg.u.dma.legacy || slot->count >= 4)
-        return vfux_conn_send_msg(dev->conn, &msg, NULL, 0);
+        return vfux_conn_send_msg(vfux_dma_conn(dev), &msg, NULL, 0);
     int len = vfu_msg_encode(&msg, bytes, sizeof(bytes)); /* such a message has padding behind its data */
-    return len < 0 ? len : vfu_conn_send(dev->conn, bytes, (size_t)len, NULL, 0, NULL, 0);
+    return len < 0 ? len : vfu_conn_send(vfux_dma_conn(dev), bytes, (size_t)len, NULL, 0, NULL, 0);
 }
 
 /* Sends one message for [iova, iova + count). 1: it has to wait; 0; or the error. */
 static int vfux_dma_send(vfu_dev *dev, vfu_dma *dma, uint64_t iova, uint32_t count)
 {
     vfux_slot *slot = vfux_slot_find_free(dev);
-    if (!slot || dev->dma_held || vfu_conn_is_waiting(dev->conn) || (!dma->to_client && dev->dma_reading && dev->dma_reading + count > VFUX_DMA_READ_AHEAD))
+    if (!slot || dev->dma_held || vfu_conn_is_waiting(vfux_dma_conn(dev)) || (!dma->to_client && dev->dma_reading && dev->dma_reading + count > VFUX_DMA_READ_AHEAD))
         return 1;
     *slot = (vfux_slot){.dma = dma, .iova = iova, .at = (size_t)dma->sent, .count = count};
     slot->cmd = dma->to_client ? VFU_CMD_DMA_WRITE : VFU_CMD_DMA_READ;
@@ -5063,10 +5358,28 @@ static void vfux_dma_end_unmapped(vfu_dev *dev)
     }
 }
 
-static void vfux_dma_forget_all(vfu_dev *dev)
+/* The device's transfers are forgotten; threads that wait are told. */
+static void vfux_dma_forget_all(vfu_dev *dev, int result)
 {
-    while (dev->dmas)
-        vfux_dma_unlink(dev, dev->dmas);
+    for (vfu_dma *dma; (dma = dev->dmas) != NULL;) {
+        vfux_dma_unlink(dev, dma);
+        if (dma->done == vfux_wait_done)
+            dma->done(dma, result);
+    }
+}
+
+/* Ends what was not answered in time. */
+static void vfux_dma_expire(vfu_dev *dev)
+{
+    uint64_t now = vfux_now_ms();
+    for (vfu_dma *dma = dev->dmas, *next; dma; dma = next) {
+        next = dma->next;
+        if (dma->deadline <= now) {
+            vfux_warn(dev, "a transfer of %zu bytes at 0x%llx was not answered in time", dma->len, (unsigned long long)dma->iova);
+            vfux_dma_finish(dev, dma, -ETIMEDOUT);
+            next = dev->dmas;
+        }
+    }
 }
 
 /* What the reply says about the message in slot: 0, or -EIO. */
@@ -5151,6 +5464,7 @@ static void vfux_dma_replied_ambiguous(vfu_dev *dev, const vfu_msg *by_the_book)
 VFU_API int vfu_dev_dma(vfu_dev *dev, vfu_dma *dma)
 {
     dma->sent = dma->finished = 0;
+    dma->deadline = UINT64_MAX;
     dma->active = dma->unmapped = false;
     dma->fault = dma->iova;
     if (!dev->conn || !dev->greeted)
@@ -5174,6 +5488,13 @@ VFU_API int vfu_dev_dma(vfu_dev *dev, vfu_dma *dma)
     return 1;
 }
 
+static void vfux_wait_start(vfu_dev *dev, vfux_wait *wait)
+{
+    int result = vfu_dev_dma(dev, &wait->dma);
+    if (result <= 0)
+        vfux_wait_done(&wait->dma, result);
+}
+
 VFU_API void vfu_dev_dma_cancel(vfu_dev *dev, vfu_dma *dma)
 {
     if (dma->active)
@@ -5182,16 +5503,25 @@ VFU_API void vfu_dev_dma_cancel(vfu_dev *dev, vfu_dma *dma)
 
 /* ---- replies --------------------------------------------------------------------------------------------------------------------- */
 
-/* An answer in the making: the message, whose views point to data of the device, and a descriptor that goes with it. */
-typedef struct vfux_answer {
-    vfu_msg msg;
-    int fd; /* -1: none; borrowed */
-} vfux_answer;
-
-/* What a request is handled with. Returns 0, or the negative errno of the error reply. */
+/* What a request is handled with. Returns 0, VFU_PENDING, or the negative errno of the error reply. */
 typedef int vfux_handler(vfu_dev *dev, const vfu_msg *request, vfux_answer *answer);
 
 /* ---- VERSION --------------------------------------------------------------------------------------------------------------------- */
+
+/* Makes the second socket: our end is dev->twin, the client's end travels with the reply. */
+static int vfux_twin_create(vfu_dev *dev, int *theirs)
+{
+    int fds[2];
+    if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds) < 0)
+        return -errno;
+    vfu_conn_desc desc = {.fd = fds[0], .max_msg = dev->desc.max_data_xfer_size + VFUX_PAGE, .alloc = dev->desc.alloc};
+    int err = vfu_conn_create(&dev->twin, &desc);
+    if (err)
+        close(fds[1]);
+    else
+        *theirs = fds[1]; /* closed when the reply is on its way */
+    return err;
+}
 
 /* Specification, "VFIO_USER_VERSION". The reply stays below 200 bytes: QEMU's request has no more, and it takes no larger reply. */
 static int vfux_on_version(vfu_dev *dev, const vfu_msg *request, vfux_answer *answer)
@@ -5224,6 +5554,17 @@ static int vfux_on_version(vfu_dev *dev, const vfu_msg *request, vfux_answer *an
         own.present |= VFU_CAPS_WRITE_MULTIPLE;
         own.write_multiple = true;
     }
+    if (dev->desc.twin_socket && dev->peer.twin_socket && dev->peer.max_msg_fds) {
+        err = vfux_twin_create(dev, &answer->fds[0]);
+        if (err) {
+            dev->why = "no second socket can be made";
+            return err;
+        }
+        answer->fd_count = 1;
+        own.present |= VFU_CAPS_TWIN_SOCKET;
+        own.twin_socket = true;
+        own.twin_fd_index = 0;
+    }
     int len = vfu_caps_write(&own, (char *)dev->data, VFU_CAPS_WRITE_MAX);
     VFU_ASSERT(len > 0);
     answer->msg.u.version.json = (const char *)dev->data;
@@ -5254,7 +5595,7 @@ static int vfux_on_dma_map(vfu_dev *dev, const vfu_msg *request, vfux_answer *an
         dev->why = "the range is empty or wraps";
         return -EINVAL;
     }
-    if (dev->frame.fd_count && !dev->desc.no_mmap) {
+    if (dev->frame.fd_count && !dev->desc.policy.no_mmap) {
         vfux_window *window = NULL;
         int err = vfux_window_get(dev, &window, dev->frame.fds[0], offset, mapping.size, mapping.prot & VFU_IOMMU_WRITE);
         if (err)
@@ -5291,7 +5632,17 @@ static int vfux_on_dma_unmap(vfu_dev *dev, const vfu_msg *request, vfux_answer *
         dev->why = "address and size must be 0 to unmap all";
         return -EINVAL;
     }
+    if (dev->desc.policy.exact_unmap && !(flags & VFU_DMA_UNMAP_ALL)) {
+        vfu_iommu_mapping mapping;
+        dev->why = "no mapping has just this range";
+        if (!vfu_iommu_next(dev->iommu, iova, &mapping) || mapping.iova != iova || mapping.size != size)
+            return -ENOENT;
+    }
     count = flags & VFU_DMA_UNMAP_ALL ? vfu_iommu_unmap_all(dev->iommu) : vfu_iommu_unmap(dev->iommu, iova, size);
+    pthread_mutex_lock(&dev->lock);
+    dev->revoked_first = 1;
+    dev->revoked_last = 0;
+    pthread_mutex_unlock(&dev->lock);
     if (count < 0) {
         dev->why = count == -EINVAL ? "the range is empty, wraps, is unaligned or splits a mapping" : "the range is held";
         return count;
@@ -5314,44 +5665,72 @@ static int vfux_on_device_info(vfu_dev *dev, const vfu_msg *request, vfux_answer
     }
     answer->msg.u.device_info.argsz = sizeof(vfu_wire_device_info);
     answer->msg.u.device_info.flags = VFU_DEVICE_INFO_PCI | VFU_DEVICE_INFO_RESET;
-    answer->msg.u.device_info.num_regions = VFUX_REGIONS;
+    answer->msg.u.device_info.num_regions = dev->region_count;
     answer->msg.u.device_info.num_irqs = VFU_PCI_NUM_IRQS;
     return 0;
-}
-
-static uint64_t vfux_region_size(const vfu_dev *dev, uint32_t region)
-{
-    if (region < 6)
-        return dev->desc.pci.bar[region].size;
-    return region == VFU_PCI_REGION_ROM ? dev->desc.pci.rom_size : region == VFU_PCI_REGION_CONFIG ? dev->pci.size : 0;
 }
 
 static int vfux_on_region_info(vfu_dev *dev, const vfu_msg *request, vfux_answer *answer)
 {
     uint32_t index = request->u.region_info.index, argsz = request->u.region_info.argsz;
-    if (argsz < sizeof(vfu_wire_region_info) || index >= VFUX_REGIONS) {
-        dev->why = index >= VFUX_REGIONS ? "no such region" : "argsz is too small";
+    if (argsz < sizeof(vfu_wire_region_info) || index >= dev->region_count) {
+        dev->why = index >= dev->region_count ? "no such region" : "argsz is too small";
         return -EINVAL;
     }
-    uint64_t size = vfux_region_size(dev, index);
+    const vfux_region *region = &dev->regions[index];
     answer->msg.u.region_info.argsz = sizeof(vfu_wire_region_info);
     answer->msg.u.region_info.index = index;
-    answer->msg.u.region_info.size = size;
-    if (!size)
+    answer->msg.u.region_info.size = region->size;
+    if (!region->size)
         return 0;
-    answer->msg.u.region_info.flags = VFU_REGION_INFO_READ | (index == VFU_PCI_REGION_ROM ? 0 : VFU_REGION_INFO_WRITE);
-    if (index >= 6 || !dev->desc.share[index])
+    answer->msg.u.region_info.flags = VFU_REGION_INFO_READ | (region->read_only ? 0 : VFU_REGION_INFO_WRITE);
+    if (region->shared) {
+        answer->msg.u.region_info.flags |= VFU_REGION_INFO_MMAP;
+        answer->msg.u.region_info.offset = region->offset;
+        answer->fds[answer->fd_count++] = region->fd;
+    }
+    if (!region->area_count && !region->typed)
         return 0;
-    answer->msg.u.region_info.flags |= VFU_REGION_INFO_MMAP;
-    answer->msg.u.region_info.offset = dev->shares[index].offset;
-    answer->fd = dev->shares[index].fd;
-    if (!dev->area_counts[index])
-        return 0;
-    int err = vfu_msg_set_region_caps(&answer->msg, argsz, NULL, dev->areas[index], dev->area_counts[index], dev->data,
-                                      dev->desc.max_data_xfer_size);
+    vfu_wire_cap_type type = {.type = region->type, .subtype = region->subtype};
+    int err = vfu_msg_set_region_caps(&answer->msg, argsz, region->typed ? &type : NULL, region->areas, region->area_count, dev->data,
+                                      dev->data_size);
     if (answer->msg.u.region_info.truncated)
-        answer->fd = -1; /* the client asks again */
+        answer->fd_count = 0; /* the client asks again */
     return err;
+}
+
+/* Each sub-region has an entry of its own; descriptors that several name travel once. The specification's formula for the distance of
+ * the entries counts the header twice: they follow each other directly, as other servers send them. */
+static int vfux_on_region_io_fds(vfu_dev *dev, const vfu_msg *request, vfux_answer *answer)
+{
+    uint32_t index = request->u.region_io_fds.index, argsz = request->u.region_io_fds.argsz, count = 0;
+    if (argsz < sizeof(vfu_wire_region_io_fds) || index >= dev->region_count || request->u.region_io_fds.flags || request->u.region_io_fds.count) {
+        dev->why = index >= dev->region_count ? "no such region" : "argsz is too small, or flags or count are not 0";
+        return -EINVAL;
+    }
+    for (uint32_t i = 0; i < dev->io_fd_count; i++) {
+        const vfu_io_fd *io = &dev->io_fds[i];
+        unsigned at = 0;
+        if (io->region != index)
+            continue;
+        while (at < answer->fd_count && answer->fds[at] != io->fd)
+            at++;
+        if (at == answer->fd_count)
+            answer->fds[answer->fd_count++] = io->fd; /* no region has more than fit: checked at creation */
+        vfu_wire_sub_region entry = {.offset = io->offset, .size = io->size, .fd_index = at, .type = io->type, .flags = io->flags, .data = io->data};
+        memcpy(dev->data + count++ * sizeof(entry), &entry, sizeof(entry));
+    }
+    uint32_t len = count * (uint32_t)sizeof(vfu_wire_sub_region);
+    answer->msg.u.region_io_fds.argsz = (uint32_t)sizeof(vfu_wire_region_io_fds) + len;
+    answer->msg.u.region_io_fds.index = index;
+    answer->msg.u.region_io_fds.count = count;
+    if (argsz < answer->msg.u.region_io_fds.argsz) {
+        answer->fd_count = 0; /* the client asks again */
+    } else {
+        answer->msg.u.region_io_fds.data = dev->data;
+        answer->msg.u.region_io_fds.data_len = len;
+    }
+    return 0;
 }
 
 static int vfux_on_irq_info(vfu_dev *dev, const vfu_msg *request, vfux_answer *answer)
@@ -5454,15 +5833,17 @@ static int vfux_on_set_irqs(vfu_dev *dev, const vfu_msg *request, vfux_answer *a
 
 /* ---- REGION_READ, REGION_WRITE, REGION_WRITE_MULTI, DEVICE_RESET ----------------------------------------------------------------------------- */
 
+static void vfux_msix_reset(vfu_dev *dev);
+
 static void vfux_reset(vfu_dev *dev, vfu_reset_kind kind)
 {
-    vfux_dma_forget_all(dev);
+    vfux_dma_forget_all(dev, -ECANCELED);
     vfu_pci_reset(&dev->pci);
-    if (dev->msix_size)
-        memset(dev->msix_table, 0, dev->msix_size);
+    vfux_msix_reset(dev);
     dev->intx.level = false;
     vfux_intx_update(dev);
     dev->work_wanted = false;
+    dev->mig_state = VFU_MIG_STATE_RUNNING;
     if (dev->desc.callbacks.reset)
         dev->desc.callbacks.reset(dev->desc.ctx, kind);
 }
@@ -5474,17 +5855,64 @@ static int vfux_on_reset(vfu_dev *dev, const vfu_msg *request, vfux_answer *answ
     return 0;
 }
 
-static void vfux_config_write(vfu_dev *dev, uint32_t offset, const uint8_t *data, uint32_t count)
+/* ---- the MSI-X table -------------------------------------------------------------------------------------------------------------------------- */
+
+/* With the policy msix_masks: a vector that is masked when it is raised sets its pending bit, and whoever unmasks it signals it. Both
+ * sides write before they look at what the other has written, so one of them sees both. */
+static int vfux_msix_raise(vfu_dev *dev, uint32_t vector)
 {
+    uint32_t bit = UINT32_C(1) << vector % 32;
+    if (atomic_load(&dev->msix_masked[vector])) {
+        atomic_fetch_or(&dev->msix_pending[vector / 32], bit);
+        if (atomic_load(&dev->msix_masked[vector]) || !(atomic_fetch_and(&dev->msix_pending[vector / 32], ~bit) & bit))
+            return 0;
+    }
+    return vfux_irq_signal(dev, dev->irq_first[VFU_PCI_IRQ_MSIX] + vector);
+}
+
+/* The table or the function mask has changed. */
+static void vfux_msix_update(vfu_dev *dev)
+{
+    bool all = vfu_pci_msix_masked(&dev->pci) || !vfu_pci_msix_enabled(&dev->pci);
+    for (uint32_t v = 0; dev->desc.policy.msix_masks && v < dev->irq_counts[VFU_PCI_IRQ_MSIX]; v++) {
+        uint32_t bit = UINT32_C(1) << v % 32;
+        bool masked = all || dev->msix_table[v * 16 + 12] & 1;
+        atomic_store(&dev->msix_masked[v], masked);
+        if (!masked && atomic_fetch_and(&dev->msix_pending[v / 32], ~bit) & bit)
+            vfux_irq_signal(dev, dev->irq_first[VFU_PCI_IRQ_MSIX] + v);
+    }
+}
+
+/* Zero, as a client that virtualises the table expects of storage; masked, as the PCI specification has it, where the masks count. */
+static void vfux_msix_reset(vfu_dev *dev)
+{
+    if (!dev->msix_size)
+        return;
+    memset(dev->msix_table, 0, dev->msix_size);
+    for (size_t v = 0; dev->desc.policy.msix_masks && v < dev->msix_size / 16; v++)
+        dev->msix_table[v * 16 + 12] = 1;
+    for (size_t i = 0; i < dev->pba_size / 4; i++)
+        atomic_store(&dev->msix_pending[i], 0);
+    vfux_msix_update(dev);
+}
+
+static int vfux_config_write(vfu_dev *dev, uint32_t offset, const uint8_t *data, uint32_t count)
+{
+    int err = dev->desc.callbacks.config_writing ? dev->desc.callbacks.config_writing(dev->desc.ctx, offset, data, count) : 0;
+    if (err)
+        return err;
     unsigned changed = vfu_pci_write(&dev->pci, offset, data, count);
     if (changed & VFU_PCI_ASKED_FLR) {
         vfux_reset(dev, VFU_RESET_BY_FUNCTION);
-        return;
+        return 0;
     }
     if (changed & VFU_PCI_CHANGED_COMMAND)
         vfux_intx_update(dev);
+    if (changed & VFU_PCI_CHANGED_MSIX)
+        vfux_msix_update(dev);
     if (changed && dev->desc.callbacks.config_written)
         dev->desc.callbacks.config_written(dev->desc.ctx, changed);
+    return 0;
 }
 
 /* The part of [offset, offset + len) that lies in the table or PBA at [at, at + size): where it starts in the access, and its length. */
@@ -5495,54 +5923,70 @@ static uint32_t vfux_overlap(uint64_t offset, uint32_t len, uint64_t at, uint64_
     return first < end ? (uint32_t)(end - first) : 0;
 }
 
-/* Does an access touch the MSI-X table or the PBA? The table is storage, the PBA is read-only and zero: clients virtualise both. */
+/* Does an access touch the MSI-X table or the PBA, and is so done? The PBA is read-only. */
 static bool vfux_msix_access(vfu_dev *dev, uint32_t region, uint64_t offset, uint8_t *in, const uint8_t *out, uint32_t len)
 {
-    uint32_t skip = 0, table = 0, pba = 0;
+    const vfu_pci_desc *pci = &dev->desc.pci;
+    uint32_t table_skip = 0, pba_skip = 0, table = 0, pba = 0;
     if (!dev->msix_size)
         return false;
-    if (region == dev->desc.pci.msix.pba_bar)
-        pba = vfux_overlap(offset, len, dev->desc.pci.msix.pba_offset, (dev->msix_size / 16 + 63) / 64 * 8, &skip);
-    if (region == dev->desc.pci.msix.table_bar)
-        table = vfux_overlap(offset, len, dev->desc.pci.msix.table_offset, dev->msix_size, &skip);
+    if (region == pci->msix.pba_bar)
+        pba = vfux_overlap(offset, len, pci->msix.pba_offset, dev->pba_size, &pba_skip);
+    if (region == pci->msix.table_bar)
+        table = vfux_overlap(offset, len, pci->msix.table_offset, dev->msix_size, &table_skip);
     if (in && (table || pba))
         memset(in, 0, len);
+    for (uint32_t i = 0; in && i < pba; i++) {
+        uint64_t at = offset + pba_skip + i - pci->msix.pba_offset;
+        in[pba_skip + i] = (uint8_t)(atomic_load(&dev->msix_pending[at / 4]) >> at % 4 * 8);
+    }
     if (in && table)
-        memcpy(in + skip, dev->msix_table + (offset + skip - dev->desc.pci.msix.table_offset), table);
-    if (out && table)
-        memcpy(dev->msix_table + (offset + skip - dev->desc.pci.msix.table_offset), out + skip, table);
+        memcpy(in + table_skip, dev->msix_table + (offset + table_skip - pci->msix.table_offset), table);
+    if (out && table) {
+        memcpy(dev->msix_table + (offset + table_skip - pci->msix.table_offset), out + table_skip, table);
+        vfux_msix_update(dev);
+    }
     return table || pba;
 }
 
-static int vfux_check_access(vfu_dev *dev, uint32_t region, uint64_t offset, uint32_t count)
+static int vfux_check_access(vfu_dev *dev, uint32_t region, uint64_t offset, uint32_t count, bool write)
 {
-    uint64_t size = region < VFUX_REGIONS ? vfux_region_size(dev, region) : 0;
+    uint64_t size = region < dev->region_count ? dev->regions[region].size : 0;
     dev->why = !size ? "no such region" : "outside of the region";
     if (!size || count > size || offset > size - count)
         return -EINVAL;
-    dev->why = "more than max_data_xfer_size";
-    return count > dev->desc.max_data_xfer_size ? -EINVAL : 0;
+    dev->why = "the region is read-only";
+    return write && dev->regions[region].read_only ? -EINVAL : 0;
+}
+
+/* The policy complete_accesses: an access that fails has no effect and reads as ones. */
+static int vfux_complete_access(vfu_dev *dev, int err, void *in, uint32_t count)
+{
+    if (err >= 0 || !dev->desc.policy.complete_accesses)
+        return err;
+    if (in)
+        memset(in, 0xff, count);
+    return 0;
 }
 
 static int vfux_region_write(vfu_dev *dev, uint32_t region, uint64_t offset, const uint8_t *data, uint32_t count)
 {
-    int err = vfux_check_access(dev, region, offset, count);
-    if (!err && region == VFU_PCI_REGION_ROM) {
-        dev->why = "the region is read-only";
-        err = -EINVAL;
+    int err = vfux_check_access(dev, region, offset, count, true);
+    if (!err && count) {
+        dev->why = "the device refused it";
+        if (region == VFU_PCI_REGION_CONFIG)
+            err = vfux_config_write(dev, (uint32_t)offset, data, count);
+        else if (!vfux_msix_access(dev, region, offset, NULL, data, count) && dev->desc.callbacks.region_write)
+            err = dev->desc.callbacks.region_write(dev->desc.ctx, region, offset, data, count);
     }
-    if (err || !count)
-        return err;
-    if (region == VFU_PCI_REGION_CONFIG)
-        vfux_config_write(dev, (uint32_t)offset, data, count);
-    else if (!vfux_msix_access(dev, region, offset, NULL, data, count) && dev->desc.callbacks.region_write)
-        err = dev->desc.callbacks.region_write(dev->desc.ctx, region, offset, data, count);
-    dev->why = "the device refused it";
-    return err;
+    return vfux_complete_access(dev, err, NULL, 0);
 }
 
 static int vfux_on_region_write(vfu_dev *dev, const vfu_msg *request, vfux_answer *answer)
 {
+    dev->why = "more than max_data_xfer_size";
+    if (request->u.region.count > dev->desc.max_data_xfer_size)
+        return -EINVAL;
     answer->msg.u.region.offset = request->u.region.offset;
     answer->msg.u.region.region = request->u.region.region;
     answer->msg.u.region.count = request->u.region.count;
@@ -5553,38 +5997,355 @@ static int vfux_on_region_read(vfu_dev *dev, const vfu_msg *request, vfux_answer
 {
     uint32_t region = request->u.region.region, count = request->u.region.count;
     uint64_t offset = request->u.region.offset;
-    int err = vfux_check_access(dev, region, offset, count);
-    if (err)
-        return err;
+    dev->why = "more than max_data_xfer_size";
+    if (count > dev->desc.max_data_xfer_size)
+        return -EINVAL;
     answer->msg.u.region.offset = offset;
     answer->msg.u.region.region = region;
     answer->msg.u.region.count = answer->msg.u.region.data_len = count;
     answer->msg.u.region.data = dev->data;
-    if (!count)
-        return 0;
-    if (region == VFU_PCI_REGION_CONFIG)
-        vfu_pci_read(&dev->pci, (uint32_t)offset, dev->data, count);
-    else if (vfux_msix_access(dev, region, offset, dev->data, NULL, count))
-        return 0;
-    else if (dev->desc.callbacks.region_read)
-        err = dev->desc.callbacks.region_read(dev->desc.ctx, region, offset, dev->data, count);
-    else
-        memset(dev->data, 0, count);
-    dev->why = "the device refused it";
+    int err = vfux_check_access(dev, region, offset, count, false);
+    dev->reading = count;
+    if (!err && count) {
+        dev->why = "the device refused it";
+        if (region == VFU_PCI_REGION_CONFIG)
+            vfu_pci_read(&dev->pci, (uint32_t)offset, dev->data, count);
+        else if (vfux_msix_access(dev, region, offset, dev->data, NULL, count))
+            err = 0;
+        else if (dev->desc.callbacks.region_read)
+            err = dev->desc.callbacks.region_read(dev->desc.ctx, region, offset, dev->data, count);
+        else
+            memset(dev->data, 0, count);
+    }
+    return vfux_complete_access(dev, err, dev->data, count);
+}
+
+/* Does the writes from multi_done on, whose entries are in dev->data. */
+static int vfux_write_multi(vfu_dev *dev, vfux_answer *answer)
+{
+    int err = 0;
+    while (!err && dev->multi_done < dev->multi_count) {
+        vfu_wire_write_one one;
+        memcpy(&one, dev->data + dev->multi_done * sizeof(one), sizeof(one));
+        err = vfux_region_write(dev, one.region, one.offset, one.data, one.count);
+        dev->multi_done += err >= 0; /* one that is pending counts when it is completed without an error */
+    }
+    answer->msg.u.write_multi.count = dev->multi_done;
     return err;
 }
 
 static int vfux_on_write_multi(vfu_dev *dev, const vfu_msg *request, vfux_answer *answer)
 {
-    uint64_t done = 0;
-    int err = 0;
-    for (vfu_wire_write_one one; done < request->u.write_multi.count && !err; done += !err) {
-        err = vfu_msg_write_one(request, done, &one);
-        if (!err)
-            err = vfux_region_write(dev, one.region, one.offset, one.data, one.count);
+    if (request->u.write_multi.data_len > dev->data_size) {
+        dev->why = "more writes than max_data_xfer_size";
+        return -EINVAL;
     }
-    answer->msg.u.write_multi.count = done;
+    if (request->u.write_multi.data_len)
+        memcpy(dev->data, request->u.write_multi.data, request->u.write_multi.data_len); /* the frame is gone if one is pending */
+    dev->multi_done = 0;
+    dev->multi_count = request->u.write_multi.count;
+    return vfux_write_multi(dev, answer);
+}
+
+/* ---- DEVICE_FEATURE, MIG_DATA_READ, MIG_DATA_WRITE ----------------------------------------------------------------------------------------------- */
+
+/* The next state on the shortest way from one state to another that has no saving state (PRE_COPY, STOP_COPY) in between; 0: none. */
+static vfu_mig_state vfux_mig_next(const vfu_dev *dev, vfu_mig_state from, vfu_mig_state to)
+{
+    enum { ERR = VFU_MIG_STATE_ERROR, STOP = VFU_MIG_STATE_STOP, RUN = VFU_MIG_STATE_RUNNING, COPY = VFU_MIG_STATE_STOP_COPY };
+    enum { LOAD = VFU_MIG_STATE_RESUMING, PRE = VFU_MIG_STATE_PRE_COPY };
+    static const uint8_t next[VFUX_MIG_STATES][VFUX_MIG_STATES] = {
+        /* to:    ERROR STOP  RUNNING STOP_COPY RESUMING -  PRE_COPY - */
+        [STOP] = {ERR, STOP, RUN,  COPY, LOAD, ERR, RUN,  ERR},
+        [RUN]  = {ERR, STOP, RUN,  STOP, STOP, ERR, PRE,  ERR},
+        [COPY] = {ERR, STOP, STOP, COPY, STOP, ERR, ERR,  ERR},
+        [LOAD] = {ERR, STOP, STOP, STOP, LOAD, ERR, STOP, ERR},
+        [PRE]  = {ERR, RUN,  RUN,  COPY, RUN,  ERR, PRE,  ERR},
+    };
+    if ((unsigned)to >= VFUX_MIG_STATES || (to == VFU_MIG_STATE_PRE_COPY && !dev->desc.migration.pre_copy))
+        return VFU_MIG_STATE_ERROR;
+    return (vfu_mig_state)next[from][to];
+}
+
+/* Goes on towards the state that is wanted. */
+static int vfux_mig_advance(vfu_dev *dev)
+{
+    int err = 0;
+    while (!err && dev->mig_state != dev->mig_wanted) {
+        vfu_mig_state next = vfux_mig_next(dev, dev->mig_state, dev->mig_wanted);
+        err = dev->desc.migration.change(dev->desc.ctx, dev->mig_state, next);
+        if (err == -ENOTRECOVERABLE)
+            dev->mig_state = VFU_MIG_STATE_ERROR;
+        else if (!err)
+            dev->mig_state = next;
+    }
+    dev->why = "the device can't change its state";
     return err;
+}
+
+static int vfux_mig_set(vfu_dev *dev, const vfu_msg *request)
+{
+    vfu_wire_feature_mig_state wire;
+    if (vfu_feature_mig_state(request, &wire)) {
+        dev->why = "no state is given";
+        return -EINVAL;
+    }
+    vfu_mig_state wanted = (vfu_mig_state)wire.state;
+    if (wire.state >= VFUX_MIG_STATES || !vfux_mig_next(dev, dev->mig_state, wanted)) {
+        dev->why = "there is no way to that migration state";
+        return -EINVAL;
+    }
+    dev->mig_wanted = wanted;
+    return vfux_mig_advance(dev);
+}
+
+/* The log takes the page size that is wanted, or the next larger one whose bitmaps fit its limit. */
+static int vfux_logging_start(vfu_dev *dev, const vfu_msg *request, vfux_answer *answer)
+{
+    vfu_wire_feature_log_control control;
+    if (vfu_feature_log_control(request, &control)) {
+        dev->why = "the ranges are not all there";
+        return -EINVAL;
+    }
+    vfu_iommu_range *ranges = control.num_ranges ? vfux_allocate(&dev->desc.alloc, control.num_ranges * sizeof(*ranges)) : NULL;
+    if (control.num_ranges && !ranges)
+        return -ENOMEM;
+    for (uint32_t i = 0; i < control.num_ranges; i++) {
+        vfu_wire_feature_log_range range = {0};
+        vfu_feature_log_range(request, i, &range);
+        ranges[i] = (vfu_iommu_range){range.iova, range.length};
+    }
+    int err = vfu_iommu_dirty_start(dev->iommu, control.page_size, ranges, control.num_ranges);
+    while (err == -ENOSPC && control.page_size < UINT64_C(1) << 62)
+        err = vfu_iommu_dirty_start(dev->iommu, control.page_size *= 2, ranges, control.num_ranges);
+    vfux_free(&dev->desc.alloc, ranges, control.num_ranges * sizeof(*ranges));
+    dev->why = err == -EBUSY ? "the dirty log runs already" : "page size or ranges are impossible";
+    if (!err) /* the payload of the request, with the page size that was chosen */
+        memcpy(dev->data, &control, sizeof(control));
+    (void)answer;
+    return err;
+}
+
+static int vfux_logging_report(vfu_dev *dev, const vfu_msg *request, vfux_answer *answer)
+{
+    vfu_wire_feature_log_report report;
+    const uint8_t *ignored;
+    uint32_t ignored_len;
+    dev->why = "the range or the page size is impossible, or no dirty log runs";
+    if (vfu_feature_log_report(request, &report, &ignored, &ignored_len) || !vfux_is_range(report.iova, report.length) ||
+        !vfux_is_power_of_two(report.page_size))
+        return -EINVAL;
+    uint64_t words = (report.length - 1) / report.page_size / 64 + 1;
+    if (words > (dev->desc.max_data_xfer_size - sizeof(report)) / 8) {
+        dev->why = "the bitmap is larger than max_data_xfer_size";
+        return -E2BIG;
+    }
+    uint32_t len = (uint32_t)(sizeof(report) + words * 8);
+    answer->msg.u.feature.argsz = (uint32_t)sizeof(vfu_wire_feature) + len;
+    memcpy(dev->data, &report, sizeof(report));
+    answer->msg.u.feature.data_len = (uint32_t)sizeof(report);
+    if (request->u.feature.argsz < answer->msg.u.feature.argsz)
+        return 0; /* argsz says what is needed; nothing was fetched, and so nothing is lost */
+    uint64_t *bitmap = (uint64_t *)(void *)(dev->data + sizeof(report));
+    answer->msg.u.feature.data_len = len;
+    return vfu_iommu_dirty_report(dev->iommu, report.iova, report.length, report.page_size, bitmap, (size_t)words);
+}
+
+/* What can be done with a feature: VFU_FEATURE_GET and VFU_FEATURE_SET; 0: it isn't there. */
+static uint32_t vfux_feature_methods(const vfu_dev *dev, uint32_t index)
+{
+    switch (index) {
+    case VFU_FEATURE_MIGRATION: return dev->desc.migration.change ? VFU_FEATURE_GET : 0;
+    case VFU_FEATURE_MIG_STATE: return dev->desc.migration.change ? VFU_FEATURE_GET | VFU_FEATURE_SET : 0;
+    case VFU_FEATURE_LOGGING_START:
+    case VFU_FEATURE_LOGGING_STOP: return VFU_FEATURE_SET;
+    case VFU_FEATURE_LOGGING_REPORT: return VFU_FEATURE_GET;
+    default: return 0;
+    }
+}
+
+static int vfux_feature_fetch(vfu_dev *dev, const vfu_msg *request, vfux_answer *answer, uint32_t index)
+{
+    vfu_wire_feature_migration migration = {.flags = VFU_MIG_STOP_COPY | (dev->desc.migration.pre_copy ? VFU_MIG_PRE_COPY : 0)};
+    vfu_wire_feature_mig_state state = {.state = dev->mig_state};
+    if (index == VFU_FEATURE_LOGGING_REPORT)
+        return vfux_logging_report(dev, request, answer);
+    uint32_t len = index == VFU_FEATURE_MIGRATION ? sizeof(migration) : sizeof(state);
+    memcpy(dev->data, index == VFU_FEATURE_MIGRATION ? (void *)&migration : (void *)&state, len);
+    answer->msg.u.feature.argsz = (uint32_t)sizeof(vfu_wire_feature) + len;
+    answer->msg.u.feature.data_len = len;
+    dev->why = "argsz is too small";
+    return request->u.feature.argsz < answer->msg.u.feature.argsz ? -EINVAL : 0;
+}
+
+static int vfux_on_feature(vfu_dev *dev, const vfu_msg *request, vfux_answer *answer)
+{
+    uint32_t flags = request->u.feature.flags, index = flags & VFU_FEATURE_INDEX_MASK, asked = flags & (VFU_FEATURE_GET | VFU_FEATURE_SET);
+    uint32_t methods = vfux_feature_methods(dev, index);
+    dev->why = "no such feature";
+    if (!methods)
+        return -ENOTTY;
+    dev->why = "the feature can't be used that way";
+    if (flags & ~(VFU_FEATURE_INDEX_MASK | VFU_FEATURE_GET | VFU_FEATURE_SET | VFU_FEATURE_PROBE) || asked & ~methods)
+        return -EINVAL;
+    if (!(flags & VFU_FEATURE_PROBE) && asked != VFU_FEATURE_GET && asked != VFU_FEATURE_SET)
+        return -EINVAL;
+    if (request->u.feature.data_len > dev->data_size) {
+        dev->why = "the payload is too long";
+        return -EINVAL;
+    }
+    /* The reply repeats the request; a feature that is fetched replaces the data. */
+    if (request->u.feature.data_len)
+        memcpy(dev->data, request->u.feature.data, request->u.feature.data_len);
+    answer->msg.u.feature.argsz = (uint32_t)sizeof(vfu_wire_feature) + request->u.feature.data_len;
+    answer->msg.u.feature.flags = flags;
+    answer->msg.u.feature.data = dev->data;
+    answer->msg.u.feature.data_len = request->u.feature.data_len;
+    if (flags & VFU_FEATURE_PROBE)
+        return 0;
+    if (asked == VFU_FEATURE_GET)
+        return vfux_feature_fetch(dev, request, answer, index);
+    if (index == VFU_FEATURE_MIG_STATE)
+        return vfux_mig_set(dev, request);
+    if (index == VFU_FEATURE_LOGGING_START)
+        return vfux_logging_start(dev, request, answer);
+    dev->why = "no dirty log runs";
+    return vfu_iommu_dirty_stop(dev->iommu);
+}
+
+static int vfux_on_mig_read(vfu_dev *dev, const vfu_msg *request, vfux_answer *answer)
+{
+    uint32_t size = request->u.mig_data.size;
+    bool saving = dev->mig_state == VFU_MIG_STATE_PRE_COPY || dev->mig_state == VFU_MIG_STATE_STOP_COPY;
+    dev->why = !saving ? "no state is being saved" : "size is more than argsz or max_data_xfer_size";
+    if (!saving || !dev->desc.migration.read || size > dev->desc.max_data_xfer_size || request->u.mig_data.argsz < sizeof(vfu_wire_mig_data) ||
+        size > request->u.mig_data.argsz - sizeof(vfu_wire_mig_data))
+        return -EINVAL;
+    int64_t got = size ? dev->desc.migration.read(dev->desc.ctx, dev->data, size) : 0;
+    dev->why = "the device refused it";
+    VFU_ASSERT(got <= (int64_t)size);
+    if (got < 0)
+        return (int)got;
+    answer->msg.u.mig_data.argsz = (uint32_t)sizeof(vfu_wire_mig_data) + (uint32_t)got;
+    answer->msg.u.mig_data.size = answer->msg.u.mig_data.data_len = (uint32_t)got;
+    answer->msg.u.mig_data.data = dev->data;
+    return 0;
+}
+
+static int vfux_on_mig_write(vfu_dev *dev, const vfu_msg *request, vfux_answer *answer)
+{
+    (void)answer;
+    dev->why = dev->mig_state != VFU_MIG_STATE_RESUMING ? "no state is being restored" : "more than max_data_xfer_size";
+    if (dev->mig_state != VFU_MIG_STATE_RESUMING || !dev->desc.migration.write || request->u.mig_data.size > dev->desc.max_data_xfer_size)
+        return -EINVAL;
+    dev->why = "the device refused it";
+    return request->u.mig_data.size ? dev->desc.migration.write(dev->desc.ctx, request->u.mig_data.data, request->u.mig_data.size) : 0;
+}
+
+static bool vfux_is_running(const vfu_dev *dev)
+{
+    return dev->mig_state == VFU_MIG_STATE_RUNNING || dev->mig_state == VFU_MIG_STATE_PRE_COPY;
+}
+
+/* ---- answers that come later ----------------------------------------------------------------------------------------------------------------------- */
+
+VFU_API uint64_t vfu_dev_ticket(vfu_dev *dev)
+{
+    pthread_mutex_lock(&dev->lock);
+    if (!dev->pending.ticket) {
+        dev->pending.ticket = ++dev->last_ticket;
+        dev->pending.completed = false;
+        dev->pending.wanted = dev->reading;
+    }
+    uint64_t ticket = dev->pending.ticket;
+    pthread_mutex_unlock(&dev->lock);
+    return ticket;
+}
+
+VFU_API int vfu_dev_complete(vfu_dev *dev, uint64_t ticket, int result, const void *data, size_t len)
+{
+    int err = 0;
+    VFU_ASSERT(result <= 0);
+    pthread_mutex_lock(&dev->lock);
+    vfux_pending *pending = &dev->pending;
+    if (!ticket || pending->ticket != ticket || pending->completed)
+        err = -ECANCELED;
+    else if (!result && len != pending->wanted)
+        err = -EINVAL;
+    if (!err) {
+        if (!result && len)
+            memcpy(dev->data, data, len);
+        pending->completed = true;
+        pending->result = result;
+        vfux_wake(dev);
+    }
+    pthread_mutex_unlock(&dev->lock);
+    return err;
+}
+
+/* After a request was handled: keeps it if its answer comes later, else its ticket, if it took one, is void. */
+static bool vfux_pending_keep(vfu_dev *dev, const vfu_msg *request, const vfux_answer *answer, int err)
+{
+    vfux_pending *pending = &dev->pending;
+    pthread_mutex_lock(&dev->lock);
+    bool keep = err == VFU_PENDING && pending->ticket;
+    VFU_ASSERT(err != VFU_PENDING || keep); /* a callback that returns VFU_PENDING has taken a ticket */
+    if (keep) {
+        pending->request = *request;
+        pending->answer = *answer;
+    } else {
+        pending->ticket = 0;
+    }
+    pthread_mutex_unlock(&dev->lock);
+    return keep;
+}
+
+static bool vfux_is_pending(vfu_dev *dev)
+{
+    return dev->pending.ticket != 0; /* only the thread that polls sets and clears it */
+}
+
+static void vfux_pending_drop(vfu_dev *dev)
+{
+    pthread_mutex_lock(&dev->lock);
+    dev->pending.ticket = 0;
+    pthread_mutex_unlock(&dev->lock);
+}
+
+static int vfux_dev_answer(vfu_dev *dev, const vfu_msg *request, vfux_answer *answer, int err);
+
+/* Answers the request that was completed, or goes on with the rest of what it asks for. Negative: the connection is over. */
+static int vfux_pending_finish(vfu_dev *dev)
+{
+    pthread_mutex_lock(&dev->lock);
+    bool completed = dev->pending.ticket && dev->pending.completed;
+    pthread_mutex_unlock(&dev->lock);
+    if (!completed)
+        return 0;
+    vfu_msg request = dev->pending.request;
+    vfux_answer answer = dev->pending.answer;
+    int err = dev->pending.result;
+    vfux_pending_drop(dev);
+    dev->why = "the device refused it";
+    if (request.cmd == VFU_CMD_REGION_WRITE_MULTI) {
+        err = vfux_complete_access(dev, err, NULL, 0);
+        if (err)
+            dev->multi_done--; /* counted when it became pending */
+        else
+            err = vfux_write_multi(dev, &answer);
+    } else if (request.cmd == VFU_CMD_DEVICE_FEATURE) {
+        if (err == -ENOTRECOVERABLE)
+            dev->mig_state = VFU_MIG_STATE_ERROR;
+        if (!err) {
+            dev->mig_state = vfux_mig_next(dev, dev->mig_state, dev->mig_wanted);
+            err = vfux_mig_advance(dev);
+        }
+    } else {
+        err = vfux_complete_access(dev, err, request.cmd == VFU_CMD_REGION_READ ? dev->data : NULL, answer.msg.u.region.data_len);
+    }
+    if (vfux_pending_keep(dev, &request, &answer, err))
+        return 0;
+    return vfux_dev_answer(dev, &request, &answer, err);
 }
 
 /* ---- dispatch ------------------------------------------------------------------------------------------------------------------------------------ */
@@ -5597,12 +6358,16 @@ static vfux_handler *vfux_handler_of(uint16_t cmd)
     case VFU_CMD_DMA_UNMAP: return vfux_on_dma_unmap;
     case VFU_CMD_DEVICE_GET_INFO: return vfux_on_device_info;
     case VFU_CMD_DEVICE_GET_REGION_INFO: return vfux_on_region_info;
+    case VFU_CMD_DEVICE_GET_REGION_IO_FDS: return vfux_on_region_io_fds;
     case VFU_CMD_DEVICE_GET_IRQ_INFO: return vfux_on_irq_info;
     case VFU_CMD_DEVICE_SET_IRQS: return vfux_on_set_irqs;
     case VFU_CMD_REGION_READ: return vfux_on_region_read;
     case VFU_CMD_REGION_WRITE: return vfux_on_region_write;
     case VFU_CMD_REGION_WRITE_MULTI: return vfux_on_write_multi;
     case VFU_CMD_DEVICE_RESET: return vfux_on_reset;
+    case VFU_CMD_DEVICE_FEATURE: return vfux_on_feature;
+    case VFU_CMD_MIG_DATA_READ: return vfux_on_mig_read;
+    case VFU_CMD_MIG_DATA_WRITE: return vfux_on_mig_write;
     default: return NULL;
     }
 }
@@ -5619,11 +6384,27 @@ static void vfux_trace(vfu_dev *dev, vfu_level level, const vfu_msg *msg, int er
         vfux_warn(dev, "%s: %s: %s", line, vfu_errno_name(err), dev->why ? dev->why : "refused");
 }
 
-/* Handles one command and answers it. Negative: the connection is over. */
+/* Answers a request that was handled with result err. Negative: the connection is over. */
+static int vfux_dev_answer(vfu_dev *dev, const vfu_msg *request, vfux_answer *answer, int err)
+{
+    int sent = 0, twin_fd = request->cmd == VFU_CMD_VERSION && answer->fd_count ? answer->fds[0] : -1;
+    if (err) {
+        vfux_trace(dev, VFU_LEVEL_WARNING, request, err);
+        vfu_msg_init_reply(&answer->msg, request, err);
+        answer->fd_count = 0;
+    }
+    if (vfu_msg_wants_reply(request))
+        sent = vfux_conn_send_msg(dev->conn, &answer->msg, answer->fds, answer->fd_count);
+    vfux_close(&twin_fd);
+    return sent;
+}
+
+/* Handles one command and answers it, unless that comes later. Negative: the connection is over. */
 static int vfux_dev_command(vfu_dev *dev, const vfu_msg *request, int decoded)
 {
-    vfux_answer answer = {.fd = -1};
+    vfux_answer answer = {.fd_count = 0};
     bool first = !dev->greeted;
+    dev->reading = 0;
     vfu_msg_init_reply(&answer.msg, request, 0);
     dev->why = decoded == -ENOSYS ? "no such command" : decoded ? "its payload is too short, too long or contradicts itself" : NULL;
     int err = decoded;
@@ -5641,30 +6422,25 @@ static int vfux_dev_command(vfu_dev *dev, const vfu_msg *request, int decoded)
         vfux_trace(dev, VFU_LEVEL_TRACE, request, 0);
         err = handler ? handler(dev, request, &answer) : -EOPNOTSUPP;
     }
-    if (err) {
-        vfux_trace(dev, VFU_LEVEL_WARNING, request, err);
-        vfu_msg_init_reply(&answer.msg, request, err);
-        answer.fd = -1;
-    }
-    if (vfu_msg_wants_reply(request)) {
-        int sent = vfux_conn_send_msg(dev->conn, &answer.msg, &answer.fd, answer.fd >= 0);
-        if (sent)
-            return sent;
-    }
-    return first && err ? -EPROTO : 0;
+    if (vfux_pending_keep(dev, request, &answer, err))
+        return 0;
+    VFU_ASSERT(err <= 0);
+    int sent = vfux_dev_answer(dev, request, &answer, err);
+    return sent ? sent : first && err ? -EPROTO : 0;
 }
 
 /* Handles one message. Negative: the connection is over. */
-static int vfux_dev_message(vfu_dev *dev)
+static int vfux_dev_message(vfu_dev *dev, const vfu_conn *conn)
 {
     vfu_msg msg;
     int decoded = vfu_msg_decode_dma(dev->frame.bytes, dev->frame.len, dev->layout, &msg);
     if (decoded == -EBADMSG)
         return decoded;
-    if (!vfu_msg_is_reply(&msg))
+    bool is_reply = vfu_msg_is_reply(&msg);
+    if (!is_reply && conn == dev->conn)
         return vfux_dev_command(dev, &msg, decoded);
-    if (!dev->greeted)
-        return -EBADMSG;
+    if (!is_reply || !dev->greeted)
+        return -EBADMSG; /* no commands on the second socket, no replies before there is anything to reply to */
     if (decoded == -EINVAL && msg.cmd == VFU_CMD_DMA_READ && dev->layout == VFU_DMA_LAYOUT_AUTO &&
         vfu_msg_decode_dma(dev->frame.bytes, dev->frame.len, VFU_DMA_LAYOUT_SPEC, &msg) == 0)
         vfux_dma_replied_ambiguous(dev, &msg);
@@ -5675,24 +6451,37 @@ static int vfux_dev_message(vfu_dev *dev)
 
 /* ---- life cycle ------------------------------------------------------------------------------------------------------------------------------------ */
 
+static void vfux_wait_disconnect(vfu_dev *dev, vfux_wait *wait)
+{
+    (void)dev;
+    vfux_wait_done(&wait->dma, -ENOTCONN);
+}
+
 static void vfux_dev_drop_client(vfu_dev *dev)
 {
     if (!dev->conn)
         return;
-    vfux_dma_forget_all(dev);
+    vfux_pending_drop(dev);
+    vfux_dma_forget_all(dev, -ENOTCONN);
     if (dev->greeted && dev->desc.callbacks.disconnected)
         dev->desc.callbacks.disconnected(dev->desc.ctx);
     vfux_irqs_release(dev);
     dev->intx.level = false;
     vfu_pci_disconnect(&dev->pci);
+    vfux_msix_update(dev);
     while (vfu_iommu_unmap_all(dev->iommu) < 0)
         vfux_say(&dev->desc.logger, VFU_LEVEL_ERROR, "the device still holds memory of a client that has left");
-    vfux_close_all(dev->frame.fds, dev->frame.fd_count);
-    dev->frame.fd_count = 0;
+    vfux_waits_take(dev, 0, UINT64_MAX, vfux_wait_disconnect);
+    dev->revoked_first = 1;
+    dev->revoked_last = 0;
+    vfu_iommu_dirty_stop(dev->iommu);
+    vfux_frame_release(&dev->frame);
     vfu_conn_destroy(dev->conn);
-    dev->conn = NULL;
+    vfu_conn_destroy(dev->twin);
+    dev->conn = dev->twin = NULL;
     dev->greeted = dev->work_wanted = dev->more = false;
     dev->layout = VFU_DMA_LAYOUT_AUTO;
+    dev->mig_state = VFU_MIG_STATE_RUNNING;
 }
 
 /* Takes a connected socket for the client. */
@@ -5715,38 +6504,69 @@ static void vfux_dev_accept(vfu_dev *dev)
         vfux_say(&dev->desc.logger, VFU_LEVEL_ERROR, "a client can't be accepted: %s", vfu_errno_name(err));
 }
 
-/* Handles the messages that are there. Negative: the connection is over. */
-static int vfux_dev_receive(vfu_dev *dev)
+/* Handles what has come over one of the sockets. Negative: the connection is over. */
+static int vfux_dev_receive(vfu_dev *dev, vfu_conn *conn)
 {
-    int err = vfu_conn_flush(dev->conn);
+    int err = vfu_conn_flush(conn);
     if (err && err != -EAGAIN)
         return err;
-    dev->more = false;
-    int received = vfu_conn_receive(dev->conn);
-    unsigned handled = 0;
-    while (!vfu_conn_is_waiting(dev->conn)) {
-        int got = vfu_conn_next(dev->conn, &dev->frame);
-        if (got == 0)
-            break;
-        err = got < 0 ? got : vfux_dev_message(dev);
-        if (err)
-            return err;
-        if (++handled == VFUX_BUDGET) {
-            dev->more = true;
+    int received = vfu_conn_receive(conn);
+    bool more = false;
+    for (unsigned handled = 0; !vfu_conn_is_waiting(conn); handled++) {
+        if (handled == VFUX_BUDGET) {
+            more = true;
             break;
         }
+        int got = vfux_is_pending(dev) ? vfux_conn_next_reply(conn, &dev->frame) : vfu_conn_next(conn, &dev->frame);
+        if (got == 0)
+            break;
+        err = got < 0 ? got : vfux_dev_message(dev, conn);
+        if (err)
+            return err;
     }
-    return received < 0 && received != -EAGAIN && received != -ENOBUFS ? (dev->more ? 0 : received) : 0;
+    dev->more = dev->more || more;
+    return received < 0 && received != -EAGAIN && received != -ENOBUFS && !more ? received : 0;
+}
+
+/* Does what the client and the other threads want. Negative: the connection is over. */
+static int vfux_dev_serve(vfu_dev *dev)
+{
+    dev->more = false;
+    int err = vfux_pending_finish(dev);
+    if (!err)
+        err = vfux_dev_receive(dev, dev->conn);
+    if (!err && dev->twin)
+        err = vfux_dev_receive(dev, dev->twin);
+    if (!err && !dev->greeted && vfux_now_ms() >= dev->greeting_until)
+        err = -ETIMEDOUT;
+    if (err || !dev->greeted)
+        return err;
+    vfux_intx_check_unmask(dev);
+    if (dev->work_wanted && vfux_is_running(dev)) {
+        dev->work_wanted = false;
+        if (dev->desc.callbacks.work && dev->desc.callbacks.work(dev->desc.ctx))
+            dev->work_wanted = true;
+    }
+    vfux_waits_take(dev, 0, UINT64_MAX, vfux_wait_start);
+    vfux_dma_pump(dev);
+    if (dev->dmas && dev->desc.dma_timeout_ms)
+        vfux_dma_expire(dev);
+    return 0;
 }
 
 VFU_API int vfu_dev_poll(vfu_dev *dev)
 {
+    uint64_t count;
+    atomic_store_explicit(&dev->poller, (uintptr_t)&vfux_this_thread, memory_order_relaxed);
+    if (atomic_load_explicit(&dev->woken, memory_order_relaxed)) {
+        while (read(dev->wake_fd, &count, sizeof(count)) < 0 && errno == EINTR) {
+        }
+        atomic_store(&dev->woken, false); /* after the read: who sets it again writes again */
+    }
     if (!dev->conn && dev->listener >= 0)
         vfux_dev_accept(dev);
     if (dev->conn) {
-        int err = vfux_dev_receive(dev);
-        if (!err && !dev->greeted && vfux_now_ms() >= dev->greeting_until)
-            err = -ETIMEDOUT;
+        int err = vfux_dev_serve(dev);
         if (err) {
             if (err != -EPIPE && err != -ECONNRESET)
                 vfux_warn(dev, "the client is dropped: %s", vfu_errno_name(err));
@@ -5754,15 +6574,8 @@ VFU_API int vfu_dev_poll(vfu_dev *dev)
             if (dev->listener >= 0)
                 vfux_dev_accept(dev);
         }
-    }
-    if (dev->conn && dev->greeted) {
-        vfux_intx_check_unmask(dev);
-        if (dev->work_wanted) {
-            dev->work_wanted = false;
-            if (dev->desc.callbacks.work && dev->desc.callbacks.work(dev->desc.ctx))
-                dev->work_wanted = true;
-        }
-        vfux_dma_pump(dev);
+    } else {
+        vfux_waits_take(dev, 0, UINT64_MAX, vfux_wait_disconnect);
     }
     return dev->conn || dev->listener >= 0 ? 0 : -ENOTCONN;
 }
@@ -5776,6 +6589,8 @@ VFU_API unsigned vfu_dev_fds(vfu_dev *dev, vfu_pollfd fds[VFU_DEV_FDS])
         fds[count++] = (vfu_pollfd){vfu_conn_fd(dev->conn), (short)(events | (vfux_conn_has_room(dev->conn) ? POLLIN : 0))};
         if (dev->intx.unmask_fd >= 0 && dev->intx.masked)
             fds[count++] = (vfu_pollfd){dev->intx.unmask_fd, POLLIN};
+        if (dev->twin)
+            fds[count++] = (vfu_pollfd){vfu_conn_fd(dev->twin), (short)(POLLIN | (vfu_conn_is_waiting(dev->twin) ? POLLOUT : 0))};
     } else if (dev->listener >= 0) {
         fds[count++] = (vfu_pollfd){dev->listener, POLLIN};
     }
@@ -5784,64 +6599,136 @@ VFU_API unsigned vfu_dev_fds(vfu_dev *dev, vfu_pollfd fds[VFU_DEV_FDS])
 
 VFU_API int vfu_dev_timeout(vfu_dev *dev)
 {
+    uint64_t until = dev->greeted ? UINT64_MAX : dev->greeting_until;
     if (!dev->conn)
         return -1;
-    if (dev->more || dev->work_wanted)
+    if (dev->more || (dev->work_wanted && vfux_is_running(dev)))
         return 0;
-    if (dev->greeted)
+    for (vfu_dma *dma = dev->dmas; dma; dma = dma->next)
+        until = vfux_min(until, dma->deadline);
+    if (until == UINT64_MAX)
         return -1;
     uint64_t now = vfux_now_ms();
-    return now >= dev->greeting_until ? 0 : (int)(dev->greeting_until - now);
+    return now >= until ? 0 : (int)vfux_min(until - now, INT_MAX);
+}
+
+static uint64_t vfux_now_us(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000 + (uint64_t)now.tv_nsec / 1000;
+}
+
+/* Waits for something to do: looks for busy_us again and again, then sleeps. Negative: poll() failed. */
+static int vfux_dev_sleep(vfu_dev *dev)
+{
+    vfu_pollfd wanted[VFU_DEV_FDS];
+    struct pollfd fds[VFU_DEV_FDS];
+    unsigned count = vfu_dev_fds(dev, wanted);
+    int timeout = vfu_dev_timeout(dev), ready = 0;
+    for (unsigned i = 0; i < count; i++)
+        fds[i] = (struct pollfd){.fd = wanted[i].fd, .events = wanted[i].events};
+    if (dev->desc.busy_us && timeout) {
+        uint64_t until = vfux_now_us() + dev->desc.busy_us;
+        do
+            ready = poll(fds, count, 0);
+        while (!ready && vfux_now_us() < until);
+    }
+    if (!ready)
+        ready = poll(fds, count, timeout);
+    return ready < 0 && errno != EINTR ? -errno : 0;
 }
 
 VFU_API int vfu_dev_run(vfu_dev *dev)
 {
     int err = 0;
     while (!atomic_load(&dev->stopped) && !err) {
-        vfu_pollfd wanted[VFU_DEV_FDS];
-        struct pollfd fds[VFU_DEV_FDS];
-        unsigned count = vfu_dev_fds(dev, wanted);
-        for (unsigned i = 0; i < count; i++)
-            fds[i] = (struct pollfd){.fd = wanted[i].fd, .events = wanted[i].events};
-        if (poll(fds, count, vfu_dev_timeout(dev)) < 0 && errno != EINTR)
-            return -errno;
-        err = vfu_dev_poll(dev);
+        err = vfux_dev_sleep(dev);
+        if (!err)
+            err = vfu_dev_poll(dev);
     }
     atomic_store(&dev->stopped, false);
-    uint64_t count;
-    while (read(dev->wake_fd, &count, sizeof(count)) < 0 && errno == EINTR) {
-    }
     return err == -ENOTCONN ? 0 : err;
 }
 
 VFU_API void vfu_dev_stop(vfu_dev *dev)
 {
     int saved = errno;
-    uint64_t one = 1;
     atomic_store(&dev->stopped, true);
-    while (write(dev->wake_fd, &one, sizeof(one)) < 0 && errno == EINTR) {
-    }
+    vfux_wake(dev);
     errno = saved;
 }
 
-/* Copies what the descriptor points to. */
-static int vfux_dev_copy_shares(vfu_dev *dev)
+VFU_API vfu_mig_state vfu_dev_migration_state(const vfu_dev *dev) { return dev->mig_state; }
+
+/* Copies what of a region can be mapped. */
+static int vfux_region_share(vfu_dev *dev, vfux_region *region, const vfu_region_share *share)
 {
-    for (unsigned i = 0; i < 6; i++) {
-        const vfu_region_share *share = dev->desc.share[i];
-        if (!share)
-            continue;
-        if (!dev->desc.pci.bar[i].size || share->area_count > VFUX_AREAS || (share->area_count && !share->areas))
-            return -EINVAL;
-        dev->shares[i] = *share;
-        dev->area_counts[i] = share->area_count;
-        if (!share->area_count)
-            continue;
-        size_t size = share->area_count * sizeof(*share->areas);
-        if (!(dev->areas[i] = vfux_allocate(&dev->desc.alloc, size)))
-            return -ENOMEM;
-        memcpy(dev->areas[i], share->areas, size);
+    if (!share)
+        return 0;
+    if (!region->size || share->area_count > VFUX_AREAS || (share->area_count && !share->areas))
+        return -EINVAL;
+    region->shared = true;
+    region->fd = share->fd;
+    region->offset = share->offset;
+    if (!share->area_count)
+        return 0;
+    size_t size = share->area_count * sizeof(*share->areas);
+    if (!(region->areas = vfux_allocate(&dev->desc.alloc, size)))
+        return -ENOMEM;
+    region->area_count = share->area_count;
+    memcpy(region->areas, share->areas, size);
+    return 0;
+}
+
+static int vfux_dev_create_regions(vfu_dev *dev)
+{
+    const vfu_dev_desc *desc = &dev->desc;
+    int err = 0;
+    if (desc->extra_region_count > VFUX_EXTRA_REGIONS)
+        return -EINVAL;
+    dev->regions = vfux_allocate_zero(&desc->alloc, (VFU_PCI_NUM_REGIONS + desc->extra_region_count) * sizeof(*dev->regions));
+    if (!dev->regions)
+        return -ENOMEM;
+    dev->region_count = VFU_PCI_NUM_REGIONS + desc->extra_region_count;
+    for (unsigned i = 0; i < 6 && !err; i++) {
+        dev->regions[i].size = desc->pci.bar[i].size;
+        err = vfux_region_share(dev, &dev->regions[i], desc->share[i]);
     }
+    dev->regions[VFU_PCI_REGION_ROM].size = desc->pci.rom_size;
+    dev->regions[VFU_PCI_REGION_ROM].read_only = true;
+    dev->regions[VFU_PCI_REGION_CONFIG].size = dev->pci.size;
+    for (uint32_t i = 0; i < desc->extra_region_count && !err; i++) {
+        const vfu_extra_region *extra = &desc->extra_regions[i];
+        vfux_region *region = &dev->regions[VFU_PCI_NUM_REGIONS + i];
+        region->size = extra->size;
+        region->read_only = extra->read_only;
+        region->typed = true;
+        region->type = extra->type;
+        region->subtype = extra->subtype;
+        err = vfux_region_share(dev, region, extra->share);
+    }
+    return err;
+}
+
+static int vfux_dev_create_io_fds(vfu_dev *dev)
+{
+    const vfu_io_fd *given = dev->desc.io_fds;
+    uint32_t count = dev->desc.io_fd_count;
+    if (!count)
+        return 0;
+    for (uint32_t i = 0; i < count; i++) {
+        uint32_t same = 0;
+        for (uint32_t j = 0; j < count; j++)
+            same += given[j].region == given[i].region;
+        uint64_t size = given[i].region < dev->region_count ? dev->regions[given[i].region].size : 0;
+        if (same > VFU_FDS_MAX || given[i].offset >= size || given[i].size > size - given[i].offset)
+            return -EINVAL;
+    }
+    if (!(dev->io_fds = vfux_allocate(&dev->desc.alloc, count * sizeof(*given))))
+        return -ENOMEM;
+    memcpy(dev->io_fds, given, count * sizeof(*given));
+    dev->io_fd_count = count;
     return 0;
 }
 
@@ -5849,6 +6736,7 @@ static int vfux_dev_create_irqs(vfu_dev *dev)
 {
     const vfu_pci_desc *pci = &dev->desc.pci;
     dev->irq_counts[VFU_PCI_IRQ_INTX] = pci->interrupt_pin ? 1 : 0;
+    dev->irq_counts[VFU_PCI_IRQ_MSI] = pci->msi.vectors;
     dev->irq_counts[VFU_PCI_IRQ_MSIX] = pci->msix.vectors;
     dev->irq_counts[VFU_PCI_IRQ_ERR] = dev->irq_counts[VFU_PCI_IRQ_REQ] = 1;
     for (unsigned i = 0; i < VFU_PCI_NUM_IRQS; i++) {
@@ -5857,11 +6745,19 @@ static int vfux_dev_create_irqs(vfu_dev *dev)
     }
     dev->msix_size = pci->msix.vectors * (size_t)16;
     dev->irqs = vfux_allocate(&dev->desc.alloc, dev->irq_total * sizeof(*dev->irqs));
-    dev->msix_table = dev->msix_size ? vfux_allocate_zero(&dev->desc.alloc, dev->msix_size) : NULL;
-    if (!dev->irqs || (dev->msix_size && !dev->msix_table))
+    if (!dev->irqs)
         return -ENOMEM;
     for (uint32_t i = 0; i < dev->irq_total; i++)
         atomic_init(&dev->irqs[i], -1);
+    if (!dev->msix_size)
+        return 0;
+    dev->pba_size = (pci->msix.vectors + 63u) / 64 * 8;
+    dev->msix_table = vfux_allocate_zero(&dev->desc.alloc, dev->msix_size);
+    dev->msix_pending = vfux_allocate_zero(&dev->desc.alloc, dev->pba_size);
+    dev->msix_masked = vfux_allocate_zero(&dev->desc.alloc, pci->msix.vectors);
+    if (!dev->msix_table || !dev->msix_pending || !dev->msix_masked)
+        return -ENOMEM;
+    vfux_msix_reset(dev);
     return 0;
 }
 
@@ -5888,6 +6784,10 @@ VFU_API int vfu_dev_create(vfu_dev **out, const vfu_dev_desc *desc)
         return -ENOMEM;
     dev->desc = *desc;
     dev->listener = dev->wake_fd = dev->intx.unmask_fd = -1;
+    dev->revoked_first = 1;
+    dev->mig_state = VFU_MIG_STATE_RUNNING;
+    pthread_mutex_init(&dev->lock, NULL); /* can't fail for plain ones on Linux */
+    pthread_cond_init(&dev->changed, NULL);
     if (!dev->desc.max_data_xfer_size)
         dev->desc.max_data_xfer_size = VFUX_XFER_DEFAULT;
     if (!dev->desc.max_dma_maps)
@@ -5900,12 +6800,15 @@ VFU_API int vfu_dev_create(vfu_dev **out, const vfu_dev_desc *desc)
     if (!err)
         err = vfu_pci_build(&dev->pci, &dev->desc.pci);
     if (!err)
-        err = vfux_dev_copy_shares(dev);
+        err = vfux_dev_create_regions(dev);
+    if (!err)
+        err = vfux_dev_create_io_fds(dev);
     if (!err)
         err = vfux_dev_create_irqs(dev);
     if (!err)
         err = vfux_dev_create_iommu(dev);
-    if (!err && !(dev->data = vfux_allocate(&dev->desc.alloc, dev->desc.max_data_xfer_size)))
+    dev->data_size = dev->desc.max_data_xfer_size + (size_t)VFUX_PAGE;
+    if (!err && !(dev->data = vfux_allocate(&dev->desc.alloc, dev->data_size)))
         err = -ENOMEM;
     if (!err && (dev->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) < 0)
         err = -errno;
@@ -5933,11 +6836,17 @@ VFU_API void vfu_dev_destroy(vfu_dev *dev)
     }
     vfu_iommu_reader_close(dev->reader);
     vfu_iommu_destroy(dev->iommu);
-    for (unsigned i = 0; i < 6; i++)
-        vfux_free(&alloc, dev->areas[i], dev->area_counts[i] * sizeof(*dev->areas[i]));
+    for (uint32_t i = 0; i < dev->region_count; i++)
+        vfux_free(&alloc, dev->regions[i].areas, dev->regions[i].area_count * sizeof(*dev->regions[i].areas));
+    vfux_free(&alloc, dev->regions, dev->region_count * sizeof(*dev->regions));
+    vfux_free(&alloc, dev->io_fds, dev->io_fd_count * sizeof(*dev->io_fds));
     vfux_free(&alloc, (void *)dev->irqs, dev->irq_total * sizeof(*dev->irqs));
     vfux_free(&alloc, dev->msix_table, dev->msix_size);
-    vfux_free(&alloc, dev->data, dev->desc.max_data_xfer_size);
+    vfux_free(&alloc, (void *)dev->msix_pending, dev->pba_size);
+    vfux_free(&alloc, (void *)dev->msix_masked, dev->irq_counts[VFU_PCI_IRQ_MSIX]);
+    vfux_free(&alloc, dev->data, dev->data_size);
+    pthread_mutex_destroy(&dev->lock);
+    pthread_cond_destroy(&dev->changed);
     vfux_free(&alloc, dev, sizeof(*dev));
 }
 
@@ -5993,6 +6902,8 @@ VFU_API int vfu_dev_raise(vfu_dev *dev, uint32_t index, uint32_t vector)
 {
     if (index == VFU_PCI_IRQ_INTX || index >= VFU_PCI_NUM_IRQS || vector >= dev->irq_counts[index])
         return -EINVAL;
+    if (index == VFU_PCI_IRQ_MSIX && dev->desc.policy.msix_masks)
+        return vfux_msix_raise(dev, vector);
     return vfux_irq_signal(dev, dev->irq_first[index] + vector);
 }
 

@@ -53,9 +53,31 @@ typedef struct engine {
     uint8_t *buffer; /* CHUNK bytes */
     uint64_t done, chunk, sum;
     bool writing; /* the chunk was read and is being written */
+
+    /* migration */
+    bool intx;            /* the line's level */
+    uint64_t stop_ticket; /* the client waits for the repetition at hand to end; 0: it doesn't */
+    uint8_t *stream;      /* STREAM_MAX bytes: what is saved or restored */
+    size_t stream_len, stream_read;
+    uint8_t *copied; /* RAM_SIZE bytes: device RAM as it was saved while the device ran */
 } engine;
 
 /* ---- finishing ------------------------------------------------------------------------------------------------------------------ */
+
+static void set_intx(engine *e, bool level)
+{
+    e->intx = level;
+    vfu_dev_set_intx(e->dev, level);
+}
+
+/* The device has come to rest between two repetitions: that is what a client that stops it waits for. */
+static void rested(engine *e)
+{
+    uint64_t ticket = e->stop_ticket;
+    e->stop_ticket = 0;
+    if (ticket)
+        vfu_dev_complete(e->dev, ticket, 0, NULL, 0);
+}
 
 static void notify(engine *e)
 {
@@ -64,7 +86,7 @@ static void notify(engine *e)
     if (vfu_pci_msix_enabled(vfu_dev_pci(e->dev)))
         vfu_dev_raise(e->dev, VFU_PCI_IRQ_MSIX, e->regs.notify - 1);
     else
-        vfu_dev_set_intx(e->dev, true);
+        set_intx(e, true);
 }
 
 static void finish(engine *e, int error, uint64_t fault)
@@ -74,16 +96,19 @@ static void finish(engine *e, int error, uint64_t fault)
     e->regs.fault = error == -EINVAL ? 0 : fault;
     e->regs.status = error ? FAILED : DONE;
     notify(e);
+    rested(e);
 }
 
 /* One repetition is done. */
 static void round_done(engine *e)
 {
     e->regs.completed++;
-    if (--e->rounds_left)
+    if (--e->rounds_left) {
         vfu_dev_want_work(e->dev);
-    else
+        rested(e);
+    } else {
         finish(e, 0, 0);
+    }
 }
 
 /* ---- by message, chunk by chunk ----------------------------------------------------------------------------------------------------- */
@@ -227,7 +252,7 @@ static int check(engine *e)
 static bool work(void *ctx)
 {
     engine *e = ctx;
-    if (e->regs.status != BUSY || e->dma.active)
+    if (e->regs.status != BUSY || e->dma.active || e->stop_ticket)
         return false;
     int err = is_valid(&e->regs) ? check(e) : -EINVAL;
     if (err) {
@@ -253,7 +278,7 @@ static bool work(void *ctx)
 
 static void start(engine *e, uint32_t command)
 {
-    vfu_dev_set_intx(e->dev, false);
+    set_intx(e, false);
     e->regs.command = command;
     e->regs.error = 0;
     e->regs.fault = 0;
@@ -285,7 +310,7 @@ static void read_register(engine *e, uint32_t offset, uint8_t *value)
     else
         memcpy(value, (uint8_t *)&e->regs + offset, 4);
     if (offset == offsetof(registers, status) && e->regs.status != BUSY)
-        vfu_dev_set_intx(e->dev, false);
+        set_intx(e, false);
 }
 
 static bool is_register_access(uint64_t offset, size_t len) { return (len == 4 || len == 8) && offset % len == 0; }
@@ -320,6 +345,9 @@ static void stop(engine *e)
     vfu_dev_dma_cancel(e->dev, &e->dma);
     e->rounds_left = 0;
     e->dma = (vfu_dma){0};
+    e->stop_ticket = 0;
+    e->stream_len = e->stream_read = 0;
+    e->intx = false;
     e->regs = (registers){.magic = MAGIC, .version = VERSION};
 }
 
@@ -332,6 +360,110 @@ static void reset(void *ctx, vfu_reset_kind kind)
 }
 
 static void disconnected(void *ctx) { stop(ctx); }
+
+/* ---- migration ------------------------------------------------------------------------------------------------------------------------------
+ *
+ * The stream is records: pages of device RAM, some of them twice, and at its end the registers. While the device still runs all pages
+ * are saved; when it has stopped, those that have changed since. */
+
+enum { RECORD_PAGE = 0x45474150, RECORD_REGISTERS = 0x53474552 };
+enum { PAGES = RAM_SIZE / PAGE, STREAM_MAX = 2 * PAGES * (PAGE + 8) + 4096 };
+
+typedef struct saved_registers {
+    uint32_t record, rounds_left;
+    registers regs;
+    uint32_t intx, reserved;
+} saved_registers;
+
+static void save(engine *e, const void *data, size_t len)
+{
+    memcpy(e->stream + e->stream_len, data, len); /* STREAM_MAX is enough for every page twice */
+    e->stream_len += len;
+}
+
+static void save_page(engine *e, uint32_t page)
+{
+    uint32_t head[2] = {RECORD_PAGE, page};
+    save(e, head, sizeof(head));
+    memcpy(e->copied + page * PAGE, e->ram + page * PAGE, PAGE); /* the client may be writing to it */
+    save(e, e->copied + page * PAGE, PAGE);
+}
+
+static void save_rest(engine *e, bool after_pre_copy)
+{
+    saved_registers last = {.record = RECORD_REGISTERS, .rounds_left = e->rounds_left, .regs = e->regs, .intx = e->intx};
+    for (uint32_t page = 0; page < PAGES; page++)
+        if (!after_pre_copy || memcmp(e->copied + page * PAGE, e->ram + page * PAGE, PAGE))
+            save_page(e, page);
+    save(e, &last, sizeof(last));
+}
+
+/* Takes what was written. Nothing of it counts before all of it was found good. */
+static int restore(engine *e)
+{
+    saved_registers last;
+    uint32_t head[2];
+    size_t at = 0;
+    memset(e->copied, 0, RAM_SIZE);
+    while (e->stream_len - at >= sizeof(head) + PAGE) {
+        memcpy(head, e->stream + at, sizeof(head));
+        if (head[0] != RECORD_PAGE || head[1] >= PAGES)
+            return -EINVAL;
+        memcpy(e->copied + head[1] * PAGE, e->stream + at + sizeof(head), PAGE);
+        at += sizeof(head) + PAGE;
+    }
+    if (e->stream_len - at != sizeof(last))
+        return -EINVAL;
+    memcpy(&last, e->stream + at, sizeof(last));
+    if (last.record != RECORD_REGISTERS || last.regs.magic != MAGIC || last.regs.version != VERSION || last.regs.status > FAILED ||
+        (last.regs.status == BUSY) != (last.rounds_left > 0))
+        return -EINVAL;
+    memcpy(e->ram, e->copied, RAM_SIZE);
+    e->regs = last.regs;
+    e->rounds_left = last.rounds_left;
+    set_intx(e, last.intx != 0);
+    return 0;
+}
+
+static int change(void *ctx, vfu_mig_state from, vfu_mig_state to)
+{
+    engine *e = ctx;
+    int err = from == VFU_MIG_STATE_RESUMING ? restore(e) : 0;
+    bool stops = to == VFU_MIG_STATE_STOP_COPY || (to == VFU_MIG_STATE_STOP && from == VFU_MIG_STATE_RUNNING);
+    if (err)
+        return err;
+    if (stops && e->dma.active) { /* a repetition by message is half done */
+        e->stop_ticket = vfu_dev_ticket(e->dev);
+        return VFU_PENDING;
+    }
+    if (to == VFU_MIG_STATE_STOP_COPY)
+        save_rest(e, from == VFU_MIG_STATE_PRE_COPY);
+    else
+        e->stream_len = e->stream_read = 0;
+    for (uint32_t page = 0; to == VFU_MIG_STATE_PRE_COPY && page < PAGES; page++)
+        save_page(e, page);
+    if (to == VFU_MIG_STATE_RUNNING && e->regs.status == BUSY)
+        vfu_dev_want_work(e->dev);
+    return 0;
+}
+
+static int64_t migration_read(void *ctx, void *buf, size_t len)
+{
+    engine *e = ctx;
+    size_t left = e->stream_len - e->stream_read, part = len < left ? len : left;
+    memcpy(buf, e->stream + e->stream_read, part);
+    e->stream_read += part;
+    return (int64_t)part;
+}
+
+static int migration_write(void *ctx, const void *buf, size_t len)
+{
+    engine *e = ctx;
+    if (len > STREAM_MAX - e->stream_len)
+        return -ENOSPC;
+    save(e, buf, len);
+    return 0;
+}
 
 /* ---- the program -------------------------------------------------------------------------------------------------------------------------- */
 
@@ -392,7 +524,9 @@ static int make_ram(engine *e)
         return -errno;
     e->ram = mmap(NULL, RAM_SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     e->buffer = malloc(CHUNK);
-    return e->ram == MAP_FAILED || !e->buffer ? -ENOMEM : fd;
+    e->stream = malloc(STREAM_MAX);
+    e->copied = malloc(RAM_SIZE);
+    return e->ram == MAP_FAILED || !e->buffer || !e->stream || !e->copied ? -ENOMEM : fd;
 }
 
 static int serve(engine *e)
@@ -469,7 +603,8 @@ int main(int argc, char **argv)
         .share = {[BAR_RAM] = &share},
         .ctx = &e,
         .callbacks = {.region_read = region_read, .region_write = region_write, .reset = reset, .disconnected = disconnected, .work = work},
-        .no_mmap = no_mmap,
+        .migration = {.pre_copy = true, .change = change, .read = migration_read, .write = migration_write},
+        .policy = {.no_mmap = no_mmap},
         .logger = {.level = verbose ? VFU_LEVEL_TRACE : VFU_LEVEL_WARNING},
     };
     int err = vfu_dev_create(&e.dev, &desc);
@@ -494,5 +629,7 @@ int main(int argc, char **argv)
     munmap(e.ram, RAM_SIZE);
     close(ram_fd);
     free(e.buffer);
+    free(e.stream);
+    free(e.copied);
     return err ? 1 : 0;
 }
