@@ -96,8 +96,9 @@
  *     reader, has written; all of these are releases and U2 acquires, so all of R3 happens before U3.
  *
  * The translation cache of a reader, the hints that readers share, and the walk through the tree without the lock are therefore
- * only hints: whatever node they name, stale, used again or wrong, R1 to R3 decide with that node's own state, bounds and permission. A hint that finds
- * nothing is not believed either: a miss is looked up again under the lock before it becomes a fault.
+ * only hints: whatever node they name, stale, used again or wrong, R1 to R3 decide with that node's own state, bounds and
+ * permission. A hint that finds nothing is not believed either: a miss is looked up again under the lock before it becomes a
+ * fault.
  *
  * Lock order: there is one lock, and it is never taken while a hazard is published, so an unmap may wait for hazards under it.
  * Hazards are held for at most VFU_IOMMU_PIECE bytes of copying. Whatever takes longer (callbacks, pins) counts itself in the
@@ -1358,7 +1359,7 @@ static uint64_t vfux_locate(vfu_iommu *t, uint64_t iova, char *host, size_t len,
             return iova + page;
         page = next;
     }
-    return iova + (bad ? offset : page);
+    return iova + page;
 }
 
 /* Does the job for `len` bytes at host memory; `done` bytes of it were done before. */
