@@ -57,6 +57,7 @@ typedef struct engine {
     /* migration */
     bool intx;            /* the line's level */
     uint64_t stop_ticket; /* the client waits for the repetition at hand to end; 0: it doesn't */
+    bool stop_and_save;   /* and wants to read the state then */
     uint8_t *stream;      /* STREAM_MAX bytes: what is saved or restored */
     size_t stream_len, stream_read;
     uint8_t *copied; /* RAM_SIZE bytes: device RAM as it was saved while the device ran */
@@ -70,13 +71,18 @@ static void set_intx(engine *e, bool level)
     vfu_dev_set_intx(e->dev, level);
 }
 
+static void save_rest(engine *e, bool after_pre_copy);
+
 /* The device has come to rest between two repetitions: that is what a client that stops it waits for. */
 static void rested(engine *e)
 {
     uint64_t ticket = e->stop_ticket;
     e->stop_ticket = 0;
-    if (ticket)
-        vfu_dev_complete(e->dev, ticket, 0, NULL, 0);
+    if (!ticket)
+        return;
+    if (e->stop_and_save)
+        save_rest(e, true);
+    vfu_dev_complete(e->dev, ticket, 0, NULL, 0);
 }
 
 static void notify(engine *e)
@@ -434,6 +440,7 @@ static int change(void *ctx, vfu_mig_state from, vfu_mig_state to)
         return err;
     if (stops && e->dma.active) { /* a repetition by message is half done */
         e->stop_ticket = vfu_dev_ticket(e->dev);
+        e->stop_and_save = to == VFU_MIG_STATE_STOP_COPY;
         return VFU_PENDING;
     }
     if (to == VFU_MIG_STATE_STOP_COPY)
