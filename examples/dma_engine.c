@@ -492,7 +492,8 @@ static void print_table(vfu_iommu *iommu)
     vfu_iommu_mapping m;
     unsigned count = 0;
     fprintf(stderr, "table begin\n");
-    for (uint64_t at = 0; vfu_iommu_next(iommu, at, &m); count++) {
+    for (uint64_t at = 0; vfu_iommu_next(iommu, at, &m);) {
+        count++;
         fprintf(stderr, "map 0x%016llx 0x%016llx %c%c\n", (unsigned long long)m.iova, (unsigned long long)(m.iova + (m.size - 1)),
                 m.prot & VFU_IOMMU_READ ? 'r' : '-', m.prot & VFU_IOMMU_WRITE ? 'w' : '-');
         at = m.iova + m.size;
