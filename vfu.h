@@ -1317,7 +1317,7 @@ VFU_API void vfu_dev_want_work(vfu_dev *dev);
 
 /*
  * Answers that come later. In a callback that may return VFU_PENDING, vfu_dev_ticket gives the request's ticket. vfu_dev_complete answers
- * it, from any thread: result is 0 or a negative errno, and data, copied, the len bytes that were read (NULL for others). 0; -ECANCELED:
+ * it, from any thread, also before the callback has returned: result is 0 or a negative errno, and data, copied, the len bytes that were read (NULL for others). 0; -ECANCELED:
  * the client has gone, or has no such request; -EINVAL: data of another length than was asked for.
  */
 VFU_API uint64_t vfu_dev_ticket(vfu_dev *dev);
@@ -3805,7 +3805,7 @@ struct vfu_conn {
     vfu_io io;
     vfu_alloc alloc;
     uint32_t max_msg, max_fds;
-    size_t capacity; /* bytes, of each buffer */
+    size_t capacity, tx_capacity; /* bytes */
     uint8_t *rx, *tx;
     size_t rx_start, rx_end, rx_scanned;
     uint64_t rx_at; /* stream position of rx[0] */
@@ -3898,8 +3898,9 @@ VFU_API int vfu_conn_create(vfu_conn **out, const vfu_conn_desc *desc)
         conn->max_fds = max_fds;
         conn->fd = fd;
         conn->io = desc->io ? *desc->io : (vfu_io){(void *)(intptr_t)fd, vfux_socket_receive, vfux_socket_send};
+        conn->tx_capacity = (size_t)max_msg * 2;
         conn->rx = vfux_allocate(&conn->alloc, conn->capacity);
-        conn->tx = vfux_allocate(&conn->alloc, conn->capacity);
+        conn->tx = vfux_allocate(&conn->alloc, conn->tx_capacity);
         err = conn->rx && conn->tx ? 0 : -ENOMEM;
     }
     if (err) {
@@ -3924,7 +3925,7 @@ VFU_API void vfu_conn_destroy(vfu_conn *conn)
     vfux_close(&conn->fd);
     vfu_alloc alloc = conn->alloc;
     vfux_free(&alloc, conn->rx, conn->capacity);
-    vfux_free(&alloc, conn->tx, conn->capacity);
+    vfux_free(&alloc, conn->tx, conn->tx_capacity);
     vfux_free(&alloc, conn, sizeof(*conn));
 }
 
@@ -4110,7 +4111,7 @@ VFU_API int vfu_conn_send(vfu_conn *conn, const void *head, size_t head_len, con
 {
     vfu_slice slices[2] = {{head, head_len}, {data, data_len}};
     size_t total = head_len + data_len, sent = 0;
-    if (total > conn->capacity || fd_count > VFU_FDS_MAX)
+    if (total > conn->tx_capacity || fd_count > VFU_FDS_MAX)
         return -EMSGSIZE;
     if (!vfu_conn_is_waiting(conn)) {
         int64_t n = conn->io.send(conn->io.ctx, slices, data_len ? 2 : 1, fds, fd_count);
@@ -4120,14 +4121,14 @@ VFU_API int vfu_conn_send(vfu_conn *conn, const void *head, size_t head_len, con
         if (sent == total)
             return 0;
     }
-    if (conn->tx_start && conn->capacity - conn->tx_end < total - sent) {
+    if (conn->tx_start && conn->tx_capacity - conn->tx_end < total - sent) {
         memmove(conn->tx, conn->tx + conn->tx_start, conn->tx_end - conn->tx_start);
         conn->tx_at += conn->tx_start;
         conn->tx_end -= conn->tx_start;
         conn->tx_start = 0;
     }
     unsigned fds_left = sent ? 0 : fd_count;
-    if (conn->capacity - conn->tx_end < total - sent || (fds_left && conn->tx_batch_count == VFUX_BATCHES))
+    if (conn->tx_capacity - conn->tx_end < total - sent || (fds_left && conn->tx_batch_count == VFUX_BATCHES))
         return -EAGAIN; /* only if something waited before: an empty queue has room */
     return vfux_conn_queue(conn, slices, sent, fds, fds_left);
 }
@@ -4743,6 +4744,7 @@ struct vfu_dev {
     unsigned warnings;
     const char *why; /* what was wrong with the request at hand; for the log */
     size_t reading;  /* bytes that the request at hand reads */
+    bool handling;   /* there is one */
 
     vfu_iommu *iommu;
     vfu_iommu_reader *reader;
@@ -6252,7 +6254,7 @@ static bool vfux_is_running(const vfu_dev *dev)
 VFU_API uint64_t vfu_dev_ticket(vfu_dev *dev)
 {
     pthread_mutex_lock(&dev->lock);
-    if (!dev->pending.ticket) {
+    if (dev->handling && !dev->pending.ticket) {
         dev->pending.ticket = ++dev->last_ticket;
         dev->pending.completed = false;
         dev->pending.wanted = dev->reading;
@@ -6320,12 +6322,14 @@ static int vfux_pending_finish(vfu_dev *dev)
     pthread_mutex_lock(&dev->lock);
     bool completed = dev->pending.ticket && dev->pending.completed;
     pthread_mutex_unlock(&dev->lock);
-    if (!completed)
-        return 0;
+    int flushed = completed ? vfu_conn_flush(dev->conn) : -EAGAIN;
+    if (flushed) /* the answer is sent when there is room for it */
+        return flushed == -EAGAIN ? 0 : flushed;
     vfu_msg request = dev->pending.request;
     vfux_answer answer = dev->pending.answer;
     int err = dev->pending.result;
     vfux_pending_drop(dev);
+    dev->handling = true; /* the rest of it may become pending again */
     dev->why = "the device refused it";
     if (request.cmd == VFU_CMD_REGION_WRITE_MULTI) {
         err = vfux_complete_access(dev, err, NULL, 0);
@@ -6343,6 +6347,7 @@ static int vfux_pending_finish(vfu_dev *dev)
     } else {
         err = vfux_complete_access(dev, err, request.cmd == VFU_CMD_REGION_READ ? dev->data : NULL, answer.msg.u.region.data_len);
     }
+    dev->handling = false;
     if (vfux_pending_keep(dev, &request, &answer, err))
         return 0;
     return vfux_dev_answer(dev, &request, &answer, err);
@@ -6420,7 +6425,9 @@ static int vfux_dev_command(vfu_dev *dev, const vfu_msg *request, int decoded)
         vfux_handler *handler = vfux_handler_of(request->cmd);
         dev->why = "the command isn't supported";
         vfux_trace(dev, VFU_LEVEL_TRACE, request, 0);
+        dev->handling = true;
         err = handler ? handler(dev, request, &answer) : -EOPNOTSUPP;
+        dev->handling = false;
     }
     if (vfux_pending_keep(dev, request, &answer, err))
         return 0;
