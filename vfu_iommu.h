@@ -72,6 +72,7 @@
  *
  * FREESTANDING
  *
+ * Needs atomic instructions on 32 bits (Arm: ARMv7-M and later; elsewhere supply the compiler's __atomic functions).
  * Give `buffer` and `buffer_size` in the descriptor (vfu_iommu_footprint() says how much) and nothing is ever allocated. Under
  * -ffreestanding that is the only way, one thread may use the table, and an unmap that meets pins asks for them to be let go
  * and fails with -EBUSY when one is kept.
@@ -124,6 +125,48 @@ extern "C" {
 #define VFU_API static __attribute__((unused))
 #else
 #define VFU_API extern
+#endif
+#endif
+
+#if !__STDC_HOSTED__ /* no <errno.h>: Linux's numbers */
+#ifndef ENOENT
+#define ENOENT 2
+#endif
+#ifndef E2BIG
+#define E2BIG 7
+#endif
+#ifndef EAGAIN
+#define EAGAIN 11
+#endif
+#ifndef ENOMEM
+#define ENOMEM 12
+#endif
+#ifndef EACCES
+#define EACCES 13
+#endif
+#ifndef EFAULT
+#define EFAULT 14
+#endif
+#ifndef EBUSY
+#define EBUSY 16
+#endif
+#ifndef EEXIST
+#define EEXIST 17
+#endif
+#ifndef EINVAL
+#define EINVAL 22
+#endif
+#ifndef ENOSPC
+#define ENOSPC 28
+#endif
+#ifndef EBADMSG
+#define EBADMSG 74
+#endif
+#ifndef EOPNOTSUPP
+#define EOPNOTSUPP 95
+#endif
+#ifndef ENOTSUP
+#define ENOTSUP EOPNOTSUPP
 #endif
 #endif
 
@@ -408,23 +451,6 @@ VFU_API int vfu_iommu_check(vfu_iommu *iommu);
 #define VFU_ASSERT(condition) assert(condition)
 #endif
 #else
-#ifndef EINVAL /* Linux's numbers */
-#define ENOENT 2
-#define E2BIG 7
-#define EAGAIN 11
-#define ENOMEM 12
-#define EACCES 13
-#define EFAULT 14
-#define EBUSY 16
-#define EEXIST 17
-#define EINVAL 22
-#define ENOSPC 28
-#define EBADMSG 74
-#define EOPNOTSUPP 95
-#endif
-#ifndef ENOTSUP
-#define ENOTSUP EOPNOTSUPP
-#endif
 #ifndef VFU_ASSERT
 #define VFU_ASSERT(condition) ((void)0)
 #endif
@@ -445,6 +471,36 @@ enum {
     VFUX_HINTS_MIN = 1024   /* shared hints, when there are any */
 };
 
+/* An address of a node, which readers look at while it may change. On 32-bit machines, few of which have an atomic access of 64
+ * bits, it is two halves: a hint may be torn, and the addresses of a node that is held and live are still. */
+#if UINTPTR_MAX > UINT32_MAX
+typedef _Atomic uint64_t vfux_address;
+#else
+typedef struct vfux_address {
+    _Atomic uint32_t low, high;
+} vfux_address;
+#endif
+
+static uint64_t vfux_address_get(vfux_address *a)
+{
+#if UINTPTR_MAX > UINT32_MAX
+    return atomic_load_explicit(a, memory_order_relaxed);
+#else
+    uint64_t high = atomic_load_explicit(&a->high, memory_order_relaxed);
+    return high << 32 | atomic_load_explicit(&a->low, memory_order_relaxed);
+#endif
+}
+
+static void vfux_address_set(vfux_address *a, uint64_t value)
+{
+#if UINTPTR_MAX > UINT32_MAX
+    atomic_store_explicit(a, value, memory_order_relaxed);
+#else
+    atomic_store_explicit(&a->low, (uint32_t)value, memory_order_relaxed);
+    atomic_store_explicit(&a->high, (uint32_t)(value >> 32), memory_order_relaxed);
+#endif
+}
+
 /* A mapping in the tree. Readers look at every field without the lock, under the rules of HOW IT WORKS:
  *   iova, last, left, right   at any time, as a hint
  *   base, io, prot, flags     while they hold the node and it is live
@@ -452,9 +508,9 @@ enum {
  *      0       8       16      24     32     40      44     48     52      56     60
  *      | iova  | last  | base  | io   | user | state | pins | left | right | next | height prot flags - |          (64-bit) */
 typedef struct vfux_node {
-    _Atomic uint64_t iova;
-    _Atomic uint64_t last; /* inclusive, so that a mapping may end at 2^64 */
-    void *base;            /* host, or io's context */
+    vfux_address iova;
+    vfux_address last; /* inclusive, so that a mapping may end at 2^64 */
+    void *base;        /* host, or io's context */
     const vfu_iommu_io *io;
     void *user;
     _Atomic uint32_t state; /* odd: live. Counts each step from live to dead and back */
@@ -573,8 +629,8 @@ static bool vfux_is_power_of_two(uint64_t n) { return n && !(n & (n - 1)); }
 /* Links are followed without the lock: whoever finds a node through one must see it initialised. */
 static uint32_t vfux_get(_Atomic uint32_t *link) { return atomic_load_explicit(link, memory_order_acquire); }
 static void vfux_set(_Atomic uint32_t *link, uint32_t value) { atomic_store_explicit(link, value, memory_order_release); }
-static uint64_t vfux_iova(vfux_node *n) { return atomic_load_explicit(&n->iova, memory_order_relaxed); }
-static uint64_t vfux_last(vfux_node *n) { return atomic_load_explicit(&n->last, memory_order_relaxed); }
+static uint64_t vfux_iova(vfux_node *n) { return vfux_address_get(&n->iova); }
+static uint64_t vfux_last(vfux_node *n) { return vfux_address_get(&n->last); }
 
 static bool vfux_covers(vfux_node *n, uint64_t iova)
 {
@@ -812,7 +868,7 @@ static bool vfux_complete(vfu_iommu_desc *d, const vfu_iommu_desc *given)
 
 static size_t vfux_round_line(size_t n) { return (n + VFUX_LINE - 1) & ~(size_t)(VFUX_LINE - 1); }
 
-/* Where the parts are: table | readers | caches | nodes | hints, each on its own cache lines, and a line more to align the whole. */
+/* Where the parts are: table | readers | caches | nodes | hints, each on its own cache lines, and a line to align the whole. */
 typedef struct vfux_layout {
     size_t readers, caches, nodes, hints, size;
     uint32_t hint_max;
@@ -894,8 +950,8 @@ VFU_API int vfu_iommu_create(vfu_iommu **out, const vfu_iommu_desc *desc)
     t->hint_max = layout.hint_max;
     t->node_count = d.max_mappings + 1;
     t->fresh = 1;
-    atomic_store(&t->nodes[0].iova, UINT64_MAX); /* so that a cache entry of 0 is a hint that nothing believes */
-    atomic_store(&t->nodes[0].last, UINT64_MAX);
+    vfux_address_set(&t->nodes[0].iova, UINT64_MAX); /* so that a cache entry of 0 is a hint that nothing believes */
+    vfux_address_set(&t->nodes[0].last, UINT64_MAX);
     t->readers = (vfu_iommu_reader *)(void *)(base + layout.readers);
     for (uint32_t r = 0; r < d.max_readers; r++) {
         vfu_iommu_reader *reader = &t->readers[r];
@@ -1002,8 +1058,8 @@ static void vfux_node_give(vfu_iommu *t, uint32_t i)
     t->free_list = i;
 }
 
-/* Keeps two shared hints for each mapping, once there are more than the readers' own caches are good for. Their memory is cleared,
- * and so taken from the system, only when it comes into use. */
+/* Keeps two shared hints for each mapping, once there are more than the readers' own caches are good for. Their memory is
+ * cleared, and so taken from the system, only when it comes into use. */
 static void vfux_grow_hints(vfu_iommu *t)
 {
     uint32_t count = vfux_get(&t->hint_count), more = count ? count * 2 : VFUX_HINTS_MIN;
@@ -1032,8 +1088,8 @@ VFU_API int vfu_iommu_map(vfu_iommu *t, const vfu_iommu_mapping *m)
         err = -ENOSPC;
     if (!err) {
         vfux_node *n = &t->nodes[i];
-        atomic_store_explicit(&n->iova, m->iova, memory_order_relaxed);
-        atomic_store_explicit(&n->last, last, memory_order_relaxed);
+        vfux_address_set(&n->iova, m->iova);
+        vfux_address_set(&n->last, last);
         n->base = m->io ? m->io_ctx : m->host;
         n->io = m->io;
         n->user = m->user;
@@ -1632,7 +1688,8 @@ static int vfux_word_io(vfu_iommu_reader *r, uint64_t iova, vfux_word *word, uin
     uint8_t u8 = (uint8_t)word->value;
     uint16_t u16 = (uint16_t)word->value;
     uint32_t u32 = (uint32_t)word->value;
-    void *bytes = word->width == 1 ? (void *)&u8 : word->width == 2 ? (void *)&u16 : word->width == 4 ? (void *)&u32 : &word->value;
+    void *narrow = word->width == 1 ? (void *)&u8 : word->width == 2 ? (void *)&u16 : (void *)&u32;
+    void *bytes = word->width == 8 ? &word->value : narrow;
     vfux_job job = {.prot = prot};
     if (word->store)
         job.out = bytes;
@@ -1655,7 +1712,8 @@ static int vfux_do_word(vfu_iommu_reader *r, uint64_t iova, vfux_word *word)
     vfux_node *n = vfux_hold(r, 0, iova);
     if (!n)
         return vfux_fault(r, at, prot, -ENOENT);
-    bool io = n->io, split = word->width - 1 > vfux_last(n) - iova, allowed = n->prot & prot, guarded = n->flags & VFU_IOMMU_GUARDED;
+    bool io = n->io, split = word->width - 1 > vfux_last(n) - iova;
+    bool allowed = n->prot & prot, guarded = n->flags & VFU_IOMMU_GUARDED;
     int err = 0;
     if (!io && !split && allowed) {
         const void *bad = NULL;
@@ -1992,7 +2050,8 @@ static void vfux_leaf_mark(const vfux_log *log, vfux_leaf *leaf, uint64_t first,
     uint64_t page = vfux_max(first >> log->page_shift, low), end = vfux_min(last >> log->page_shift, high);
     for (uint64_t stop; page <= end; page = stop + 1) { /* pages are less than 2^64 - 1, or there is just page 0 */
         stop = vfux_min(end, page | 31);
-        uint32_t count = (uint32_t)(stop - page + 1), mask = (count == 32 ? UINT32_MAX : (UINT32_C(1) << count) - 1) << (page & 31);
+        uint32_t count = (uint32_t)(stop - page + 1);
+        uint32_t mask = (count == 32 ? UINT32_MAX : (UINT32_C(1) << count) - 1) << (page & 31);
         atomic_fetch_or_explicit(&leaf->bits[(page - low) / 32], mask, memory_order_release);
         if (stop == end)
             break;
@@ -2277,7 +2336,8 @@ VFU_API int vfu_iommu_check(vfu_iommu *t)
     bool good = vfux_check_subtree(t, vfux_get(&t->root), 0, &count, &bytes) && count == t->mappings && bytes == t->bytes;
     for (uint32_t i = good ? vfux_from(t, 0) : 0; i && in_order <= count; in_order++) {
         uint32_t next = vfux_next_in(t, i, UINT64_MAX);
-        good = good && (!next || vfux_iova(&t->nodes[next]) > vfux_last(&t->nodes[i])) && !vfux_is_unaligned(t, vfux_iova(&t->nodes[i]), 0);
+        good = good && (!next || vfux_iova(&t->nodes[next]) > vfux_last(&t->nodes[i]));
+        good = good && !vfux_is_unaligned(t, vfux_iova(&t->nodes[i]), 0);
         i = next;
     }
     for (uint32_t i = t->free_list; good && i && unused <= t->node_count; i = t->nodes[i].next, unused++)
