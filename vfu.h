@@ -24,7 +24,8 @@
  *     VFU_IMPLEMENTATION      no, in one file                 emits the implementation
  *     VFU_STATIC              no                              makes every function static to that file
  *     VFU_CODEC_ONLY          no                              wire, capabilities and codec alone: no sockets, no IOMMU, nothing
- *                                                             of libc but memcpy, memmove, memset, memcmp and strlen
+ *                                                             of libc but memcpy, memmove, memset, memcmp and strlen. Errors
+ *                                                             are Linux's numbers: include no other system's <errno.h> before
  *     VFU_API                 yes                             what stands in front of each function's declaration
  *     VFU_ASSERT(condition)   no                              what happens on a caller's mistake; default: assert(). A peer can
  *                                                             never reach one
@@ -63,14 +64,14 @@
  *
  * OWNERSHIP, IN FOUR WORDS
  *
- * borrows: uses it during the call (or as long as is said), leaves it alone otherwise. takes: owns it from now on, also when the
- * call fails. gives: the caller owns it from now on. copies: keeps nothing of what was passed.
+ * borrows: uses it during the call (or as long as is said), leaves it alone otherwise. takes: owns it from now on, also when
+ * the call fails. gives: the caller owns it from now on. copies: keeps nothing of what was passed.
  *
  * THREADS
  *
- * Functions of the codec are pure. Everything else belongs to one thread at a time per object, unless it says otherwise. Objects
- * share nothing: many devices and clients fit in one thread or in many. Once memory that can shrink is mapped, a handler for
- * SIGBUS is installed in the process; it passes on what isn't ours.
+ * Functions of the codec are pure. Everything else belongs to one thread at a time per object, unless it says otherwise.
+ * Objects share nothing: many devices and clients fit in one thread or in many. Once memory that can shrink is mapped, a
+ * handler for SIGBUS is installed in the process; it passes on what isn't ours.
  */
 #if defined(VFU_IMPLEMENTATION) && !defined(_GNU_SOURCE)
 #define _GNU_SOURCE /* sockets and clocks under -std=c11; takes effect when this header comes first */
@@ -106,8 +107,9 @@ extern "C" {
  * ==== wire =================================================================================================================
  *
  * The bytes of the protocol: numbers, flags, and one struct for each payload. Every struct has exactly the layout of the
- * specification on every machine: explicit widths, explicit padding, no packed attribute, no flexible array, no bit-field; sizes
- * and offsets are asserted below. All fields are in the byte order of the host (specification, "Protocol Specification").
+ * specification on every machine: explicit widths, explicit padding, no packed attribute, no flexible array, no bit-field;
+ * sizes and offsets are asserted below. All fields are in the byte order of the host (specification, "Protocol
+ * Specification").
  *
  * Nothing on a socket is aligned, so a wire struct is never pointed into a buffer: memcpy to and from it, or let the codec
  * section do that. Offsets in the comments count from the end of the 16-byte header, as in the specification. C->S is client to
@@ -126,7 +128,7 @@ extern "C" {
 #else
 #define VFUX_STATIC_ASSERT(condition, text) _Static_assert(condition, text)
 #endif
-#define VFUX_WIRE_SIZE(type, bytes) VFUX_STATIC_ASSERT(sizeof(type) == (bytes), #type " has the wrong size")
+#define VFUX_WIRE_SIZE(type, bytes)      VFUX_STATIC_ASSERT(sizeof(type) == (bytes), #type " has the wrong size")
 #define VFUX_WIRE_AT(type, field, bytes) VFUX_STATIC_ASSERT(offsetof(type, field) == (bytes), #type "." #field " is misplaced")
 
 /*
@@ -155,59 +157,59 @@ typedef enum vfu_cmd {
 
 /* Header flags. Bits 0 to 3 are a number, the type: 0 is a command, 1 a reply, everything else is undefined. */
 #define VFU_HDR_TYPE_MASK 0x0fu
-#define VFU_HDR_COMMAND 0x00u
-#define VFU_HDR_REPLY 0x01u
-#define VFU_HDR_NO_REPLY 0x10u /* in a command: must not be answered, not even with an error */
-#define VFU_HDR_ERROR 0x20u    /* in a reply: the command failed, nothing follows the header */
-#define VFU_HDR_SIZE 16u
+#define VFU_HDR_COMMAND   0x00u
+#define VFU_HDR_REPLY     0x01u
+#define VFU_HDR_NO_REPLY  0x10u /* in a command: must not be answered, not even with an error */
+#define VFU_HDR_ERROR     0x20u /* in a reply: the command failed, nothing follows the header */
+#define VFU_HDR_SIZE      16u
 
 /* DMA_MAP flags. Drafts of the protocol had bit 2 for "mappable"; today the presence of a descriptor says so. */
-#define VFU_DMA_READABLE 0x1u
+#define VFU_DMA_READABLE  0x1u
 #define VFU_DMA_WRITEABLE 0x2u
 
 /* DMA_UNMAP flags, as in linux/vfio.h; the specification's text names none. */
 #define VFU_DMA_UNMAP_GET_DIRTY_BITMAP 0x1u /* older peers: a bitmap follows the struct, see vfu_wire_dma_unmap */
-#define VFU_DMA_UNMAP_ALL 0x2u              /* QEMU, with address and size 0, for a section of 2^64 bytes */
+#define VFU_DMA_UNMAP_ALL              0x2u /* QEMU, with address and size 0, for a section of 2^64 bytes */
 
 /* GET_INFO flags */
 #define VFU_DEVICE_INFO_RESET 0x1u
-#define VFU_DEVICE_INFO_PCI 0x2u
+#define VFU_DEVICE_INFO_PCI   0x2u
 
 /* GET_REGION_INFO flags */
-#define VFU_REGION_INFO_READ 0x1u
+#define VFU_REGION_INFO_READ  0x1u
 #define VFU_REGION_INFO_WRITE 0x2u
-#define VFU_REGION_INFO_MMAP 0x4u /* exactly one descriptor travels with the reply */
-#define VFU_REGION_INFO_CAPS 0x8u /* a capability chain starts at cap_offset */
+#define VFU_REGION_INFO_MMAP  0x4u /* exactly one descriptor travels with the reply */
+#define VFU_REGION_INFO_CAPS  0x8u /* a capability chain starts at cap_offset */
 
 /* Region capability identities */
 #define VFU_REGION_CAP_SPARSE_MMAP 1u
-#define VFU_REGION_CAP_TYPE 2u
+#define VFU_REGION_CAP_TYPE        2u
 
 /* Kinds of sub-region in GET_REGION_IO_FDS. libvfio-user knows a third one, 2, a shadow ioeventfd, that is not specified. */
-#define VFU_IO_FD_IOEVENTFD 0u
+#define VFU_IO_FD_IOEVENTFD  0u
 #define VFU_IO_FD_IOREGIONFD 1u
 
 /* GET_IRQ_INFO flags */
-#define VFU_IRQ_INFO_EVENTFD 0x1u
-#define VFU_IRQ_INFO_MASKABLE 0x2u
+#define VFU_IRQ_INFO_EVENTFD    0x1u
+#define VFU_IRQ_INFO_MASKABLE   0x2u
 #define VFU_IRQ_INFO_AUTOMASKED 0x4u
-#define VFU_IRQ_INFO_NORESIZE 0x8u
+#define VFU_IRQ_INFO_NORESIZE   0x8u
 
 /* SET_IRQS flags: one of the DATA bits with one of the ACTION bits */
-#define VFU_IRQ_SET_DATA_NONE 0x01u
-#define VFU_IRQ_SET_DATA_BOOL 0x02u
-#define VFU_IRQ_SET_DATA_EVENTFD 0x04u
-#define VFU_IRQ_SET_ACTION_MASK 0x08u
-#define VFU_IRQ_SET_ACTION_UNMASK 0x10u
+#define VFU_IRQ_SET_DATA_NONE      0x01u
+#define VFU_IRQ_SET_DATA_BOOL      0x02u
+#define VFU_IRQ_SET_DATA_EVENTFD   0x04u
+#define VFU_IRQ_SET_ACTION_MASK    0x08u
+#define VFU_IRQ_SET_ACTION_UNMASK  0x10u
 #define VFU_IRQ_SET_ACTION_TRIGGER 0x20u
-#define VFU_IRQ_SET_DATA_BITS 0x07u
-#define VFU_IRQ_SET_ACTION_BITS 0x38u
+#define VFU_IRQ_SET_DATA_BITS      0x07u
+#define VFU_IRQ_SET_ACTION_BITS    0x38u
 
 /* FEATURE: the low 16 bits of flags are an index, the rest says what to do with it */
 #define VFU_FEATURE_INDEX_MASK 0x0000ffffu
-#define VFU_FEATURE_GET 0x00010000u
-#define VFU_FEATURE_SET 0x00020000u
-#define VFU_FEATURE_PROBE 0x00040000u
+#define VFU_FEATURE_GET        0x00010000u
+#define VFU_FEATURE_SET        0x00020000u
+#define VFU_FEATURE_PROBE      0x00040000u
 
 typedef enum vfu_feature_index {
     VFU_FEATURE_MIGRATION = 1,     /* vfu_wire_feature_migration */
@@ -219,8 +221,8 @@ typedef enum vfu_feature_index {
 
 /* vfu_wire_feature_migration.flags */
 #define VFU_MIG_STOP_COPY 0x1u
-#define VFU_MIG_P2P 0x2u
-#define VFU_MIG_PRE_COPY 0x4u
+#define VFU_MIG_P2P       0x2u
+#define VFU_MIG_PRE_COPY  0x4u
 
 typedef enum vfu_mig_state {
     VFU_MIG_STATE_ERROR = 0,
@@ -257,7 +259,8 @@ typedef enum vfu_pci_irq {
     VFU_PCI_NUM_IRQS = 5
 } vfu_pci_irq;
 
-/* In front of every message, both directions (specification, "Header"). The only offsets that count from the message's start. */
+/* In front of every message, both directions (specification, "Header"). The only offsets that count from the message's
+ * start. */
 typedef struct vfu_wire_header {
     uint16_t id;    /* 0: the sender's own number, echoed in the reply. Not unique: SPDK's client always sends 0, and Cloud
                           Hypervisor repeats GET_REGION_INFO with the same one. */
@@ -436,9 +439,9 @@ VFUX_WIRE_AT(vfu_wire_irq_info, index, 8);
 VFUX_WIRE_AT(vfu_wire_irq_info, count, 12);
 
 /*
- * SET_IRQS, C->S; 20 bytes, and with DATA_BOOL count bytes follow. The reply has no payload. With DATA_EVENTFD count descriptors
- * travel along, or none, which de-assigns [start, start + count). QEMU splits by the server's max_msg_fds, Cloud Hypervisor
- * sends 16 whatever was negotiated.
+ * SET_IRQS, C->S; 20 bytes, and with DATA_BOOL count bytes follow. The reply has no payload. With DATA_EVENTFD count
+ * descriptors travel along, or none, which de-assigns [start, start + count). QEMU splits by the server's max_msg_fds, Cloud
+ * Hypervisor sends 16 whatever was negotiated.
  */
 typedef struct vfu_wire_irq_set {
     uint32_t argsz; /* 0: size of this request's payload */
@@ -562,21 +565,21 @@ VFU_API const char *vfu_errno_name(int error);
 /*
  * ==== capabilities =========================================================================================================
  *
- * The JSON of a VERSION message, both ways: parsed by a small bounded parser that allocates nothing and doesn't recurse, written
- * compactly. Pure functions, any thread.
+ * The JSON of a VERSION message, both ways: parsed by a small bounded parser that allocates nothing and doesn't recurse,
+ * written compactly. Pure functions, any thread.
  */
 
-#define VFU_CAPS_JSON_MAX 4096u /* longest text that is parsed, in bytes; longer ones are -EMSGSIZE */
-#define VFU_CAPS_DEPTH_MAX 16u  /* deepest nesting that is parsed, in unknown values too; deeper ones are -EBADMSG */
+#define VFU_CAPS_JSON_MAX  4096u /* longest text that is parsed, in bytes; longer ones are -EMSGSIZE */
+#define VFU_CAPS_DEPTH_MAX 16u   /* deepest nesting that is parsed, in unknown values too; deeper ones are -EBADMSG */
 
 /* Bits of vfu_caps.present */
-#define VFU_CAPS_MAX_MSG_FDS 0x01u
+#define VFU_CAPS_MAX_MSG_FDS        0x01u
 #define VFU_CAPS_MAX_DATA_XFER_SIZE 0x02u
-#define VFU_CAPS_MAX_DMA_MAPS 0x04u
-#define VFU_CAPS_PGSIZES 0x08u
-#define VFU_CAPS_TWIN_SOCKET 0x10u
-#define VFU_CAPS_WRITE_MULTIPLE 0x20u
-#define VFU_CAPS_MIGRATION 0x40u
+#define VFU_CAPS_MAX_DMA_MAPS       0x04u
+#define VFU_CAPS_PGSIZES            0x08u
+#define VFU_CAPS_TWIN_SOCKET        0x10u
+#define VFU_CAPS_WRITE_MULTIPLE     0x20u
+#define VFU_CAPS_MIGRATION          0x40u
 
 typedef struct vfu_caps {
     uint32_t present;            /* which of the fields below the text contained, or shall contain; the others hold defaults */
@@ -595,9 +598,9 @@ typedef struct vfu_caps {
 VFU_API void vfu_caps_defaults(vfu_caps *caps);
 
 /*
- * Reads the version data of a VERSION message. A NUL ends the text, or len does. No text (json NULL, len 0, or a NUL first) means
- * defaults. Strict JSON (RFC 8259) in valid UTF-8, whose top is an object. Unknown names are skipped, whatever their value; if a
- * name occurs twice the last one counts. On failure *out holds the defaults.
+ * Reads the version data of a VERSION message. A NUL ends the text, or len does. No text (json NULL, len 0, or a NUL first)
+ * means defaults. Strict JSON (RFC 8259) in valid UTF-8, whose top is an object. Unknown names are skipped, whatever their
+ * value; if a name occurs twice the last one counts. On failure *out holds the defaults.
  *   -EBADMSG   not JSON, not UTF-8, or nested deeper than VFU_CAPS_DEPTH_MAX
  *   -EINVAL    JSON, but a known name has a value of another type, or a number that isn't a non-negative integer in plain digits
  *              within the field's range. (4096.0 and 1e6 are no such integers.)
@@ -606,9 +609,10 @@ VFU_API void vfu_caps_defaults(vfu_caps *caps);
 VFU_API int vfu_caps_parse(const char *json, size_t len, vfu_caps *out);
 
 /*
- * Writes the fields in caps->present, in the order of their bits, as {"capabilities":{...}} without spaces and with a terminating
- * NUL. fd_index is written if it isn't negative. Returns the length with the NUL, which is what a VERSION message carries, or
- * -EMSGSIZE if cap is too small (the longest possible text has VFU_CAPS_WRITE_MAX bytes), -EINVAL for unknown bits in present.
+ * Writes the fields in caps->present, in the order of their bits, as {"capabilities":{...}} without spaces and with a
+ * terminating NUL. fd_index is written if it isn't negative. Returns the length with the NUL, which is what a VERSION
+ * message carries, or -EMSGSIZE if cap is too small (the longest possible text has VFU_CAPS_WRITE_MAX bytes), -EINVAL for
+ * unknown bits in present.
  */
 VFU_API int vfu_caps_write(const vfu_caps *caps, char *out, size_t cap);
 #define VFU_CAPS_WRITE_MAX 266u
@@ -632,10 +636,11 @@ VFU_API int vfu_caps_write(const vfu_caps *caps, char *out, size_t cap);
  */
 
 /*
- * How DMA_READ replies and DMA_WRITE requests are laid out on a connection. QEMU 10.1 and 10.2 put the data right behind a 32-bit
- * count, four bytes too early, and pad the message to its proper length. A DMA_READ reply of that kind shows by its count, unless
- * its first four bytes of data are 0; then it can't be told from a reply by the book whose data ends in four bytes of 0.
- * To learn the layout: a reply with at most 4 bytes of data is never ambiguous, and one with 4 that aren't all 0 proves it.
+ * How DMA_READ replies and DMA_WRITE requests are laid out on a connection. QEMU 10.1 and 10.2 put the data right behind a
+ * 32-bit count, four bytes too early, and pad the message to its proper length. A DMA_READ reply of that kind shows by its
+ * count, unless its first four bytes of data are 0; then it can't be told from a reply by the book whose data ends in four
+ * bytes of 0. To learn the layout: a reply with at most 4 bytes of data is never ambiguous, and one with 4 that aren't all 0
+ * proves it.
  */
 typedef enum vfu_dma_layout {
     VFU_DMA_LAYOUT_AUTO = 0,  /* DMA_READ replies that can be read in two ways with different results are refused */
@@ -754,16 +759,10 @@ typedef struct vfu_msg {
     } u;
 } vfu_msg;
 
-static inline bool vfu_msg_is_reply(const vfu_msg *msg)
-{
-    return (msg->flags & VFU_HDR_TYPE_MASK) == VFU_HDR_REPLY;
-}
+static inline bool vfu_msg_is_reply(const vfu_msg *msg) { return (msg->flags & VFU_HDR_TYPE_MASK) == VFU_HDR_REPLY; }
 
 /* A reply that says that the command failed; msg->error says why, or is 0. */
-static inline bool vfu_msg_is_error(const vfu_msg *msg)
-{
-    return vfu_msg_is_reply(msg) && (msg->flags & VFU_HDR_ERROR) != 0;
-}
+static inline bool vfu_msg_is_error(const vfu_msg *msg) { return vfu_msg_is_reply(msg) && (msg->flags & VFU_HDR_ERROR) != 0; }
 
 /* A command that must be answered. False for a command with NO_REPLY and for every reply. */
 static inline bool vfu_msg_wants_reply(const vfu_msg *msg)
@@ -789,8 +788,8 @@ VFU_API void vfu_msg_init_reply(vfu_msg *reply, const vfu_msg *command, int erro
 VFU_API int vfu_msg_size(const void *bytes, size_t len, uint32_t max, uint32_t *size);
 
 /*
- * Checks the message in bytes and fills *out; views in it point into bytes, which *out borrows. len is the size of the message as
- * vfu_msg_size said. Whether it is a command or a reply is taken from its flags.
+ * Checks the message in bytes and fills *out; views in it point into bytes, which *out borrows. len is the size of the
+ * message as vfu_msg_size said. Whether it is a command or a reply is taken from its flags.
  *
  * Accepted beyond the letter, because peers do it or nothing depends on it: any argsz; bytes behind the fixed part of GET_INFO,
  * GET_REGION_INFO, GET_REGION_IO_FDS and GET_IRQ_INFO (ignored); bytes behind what SET_IRQS needs (ignored); a payload in an
@@ -809,8 +808,8 @@ VFU_API int vfu_msg_decode(const void *bytes, size_t len, vfu_msg *out);
 VFU_API int vfu_msg_decode_dma(const void *bytes, size_t len, vfu_dma_layout layout, vfu_msg *out);
 
 /*
- * Writes a whole message, header and data. Returns its size. out may not overlap the views in msg. Unknown header flags, and the
- * error field of a message that is no error reply, are written as they are; an error reply is 16 bytes whatever u holds.
+ * Writes a whole message, header and data. Returns its size. out may not overlap the views in msg. Unknown header flags, and
+ * the error field of a message that is no error reply, are written as they are; an error reply is 16 bytes whatever u holds.
  *   -EMSGSIZE  cap is too small, or the size doesn't fit 32 bits (or an int): nothing usable is in out
  *   -EINVAL    msg contradicts itself (count isn't data_len, data where none belongs, ack_len not 0, 12 or 16, ...), or is of no
  *              known command or type
@@ -819,10 +818,11 @@ VFU_API int vfu_msg_decode_dma(const void *bytes, size_t len, vfu_dma_layout lay
 VFU_API int vfu_msg_encode(const vfu_msg *msg, void *out, size_t cap);
 
 /*
- * The same without the data, for sendmsg with an iovec: writes header and fixed part, with a size field that counts the data_len
- * bytes that the caller sends itself right behind it. data isn't looked at and may be NULL. Returns the number of bytes written,
- * at most VFU_MSG_HEAD_MAX except for VERSION, which has no tail: its text is written like vfu_msg_encode does. Errors as above;
- * also -EINVAL for a legacy DMA message with less than 4 bytes of data, which needs padding behind them.
+ * The same without the data, for sendmsg with an iovec: writes header and fixed part, with a size field that counts the
+ * data_len bytes that the caller sends itself right behind it. data isn't looked at and may be NULL. Returns the number of
+ * bytes written, at most VFU_MSG_HEAD_MAX except for VERSION, which has no tail: its text is written like vfu_msg_encode
+ * does. Errors as above; also -EINVAL for a legacy DMA message with less than 4 bytes of data, which needs padding behind
+ * them.
  */
 VFU_API int vfu_msg_encode_head(const vfu_msg *msg, void *out, size_t cap);
 #define VFU_MSG_HEAD_MAX 48u
@@ -844,8 +844,8 @@ typedef struct vfu_region_cap {
 } vfu_region_cap;
 
 /*
- * Steps to the next capability; false at the end of the chain (at once if there is none, or msg is no such reply). The chain of a
- * decoded message ends properly; in a truncated one it stops before the first capability that isn't all there.
+ * Steps to the next capability; false at the end of the chain (at once if there is none, or msg is no such reply). The chain
+ * of a decoded message ends properly; in a truncated one it stops before the first capability that isn't all there.
  */
 VFU_API bool vfu_msg_next_cap(const vfu_msg *msg, vfu_region_cap *cap);
 
@@ -860,9 +860,9 @@ VFU_API int vfu_region_cap_type(const vfu_region_cap *cap, vfu_wire_cap_type *ou
  * Completes a GET_REGION_INFO reply with capabilities: a type if type isn't NULL (its header is ignored), and sparse areas if
  * count isn't 0. Writes them to buf and sets argsz, cap_offset, VFU_REGION_INFO_CAPS, data and data_len; the reply borrows buf.
  * argsz is the one of the request: if it doesn't leave room, the reply is cut as QEMU wants it (32 bytes, no CAPS flag,
- * cap_offset 0, argsz says what is needed) and truncated is set: leave the descriptor away then. Returns 0, -EMSGSIZE if cap (at
- * least 16 * (count + 1) and 16 more with a type) is too small, -EINVAL if *reply isn't a GET_REGION_INFO reply or argsz is
- * below 32.
+ * cap_offset 0, argsz says what is needed) and truncated is set: leave the descriptor away then. Returns 0, -EMSGSIZE if cap
+ * (at least 16 * (count + 1) and 16 more with a type) is too small, -EINVAL if *reply isn't a GET_REGION_INFO reply or argsz
+ * is below 32.
  */
 VFU_API int vfu_msg_set_region_caps(vfu_msg *reply, uint32_t argsz, const vfu_wire_cap_type *type,
                                     const vfu_wire_sparse_area *areas, uint32_t count, void *buf, size_t cap);
@@ -897,8 +897,9 @@ VFU_API int vfu_feature_set_log_report(vfu_msg *msg, const vfu_wire_feature_log_
  * One line for people, without a newline: -> for a command, <- for a reply, the id, the command, then its fields:
  *     -> 0x0012 DMA_MAP iova 0x1000 size 0x1000 rw offset 0x0
  *     <- 0x0012 DMA_MAP error EEXIST
- * Text from the peer is printed with control characters replaced. Like snprintf: returns the length of the whole line, writes at
- * most cap bytes with the terminating NUL (nothing if cap is 0). Lines are for reading, and may change between versions.
+ * Text from the peer is printed with control characters replaced. Like snprintf: returns the length of the whole line,
+ * writes at most cap bytes with the terminating NUL (nothing if cap is 0). Lines are for reading, and may change between
+ * versions.
  */
 VFU_API int vfu_msg_render(const vfu_msg *msg, char *out, size_t cap);
 
@@ -910,12 +911,19 @@ VFU_API int vfu_msg_render(const vfu_msg *msg, char *out, size_t cap);
  * A connection turns a stream of bytes and descriptors into messages, and messages into the stream. It never blocks, and never
  * holds more than two messages of the largest size and their descriptors.
  *
- * Descriptors belong to the message in which they arrived: Linux ends a recvmsg() behind the bytes that descriptors came with, so
- * they are those of the message that has the last byte received. They are close-on-exec, and closed if nobody takes them.
+ * Descriptors belong to the message in which they arrived: Linux ends a recvmsg() behind the bytes that descriptors came
+ * with, so they are those of the message that has the last byte received. They are close-on-exec, and closed if nobody takes
+ * them.
  */
 
 /* Where lines for people go. All zero: warnings to standard error. */
-typedef enum vfu_level { VFU_LEVEL_DEFAULT = 0, VFU_LEVEL_ERROR = 1, VFU_LEVEL_WARNING = 2, VFU_LEVEL_INFO = 3, VFU_LEVEL_TRACE = 4 } vfu_level;
+typedef enum vfu_level {
+    VFU_LEVEL_DEFAULT = 0,
+    VFU_LEVEL_ERROR = 1,
+    VFU_LEVEL_WARNING = 2,
+    VFU_LEVEL_INFO = 3,
+    VFU_LEVEL_TRACE = 4
+} vfu_level;
 
 typedef struct vfu_logger {
     void *ctx;
@@ -924,7 +932,7 @@ typedef struct vfu_logger {
 } vfu_logger;
 
 enum {
-    VFU_FDS_MAX = 16,       /* descriptors in one message that can be negotiated; QEMU takes no more */
+    VFU_FDS_MAX = 16,        /* descriptors in one message that can be negotiated; QEMU takes no more */
     VFU_FDS_RECEIVABLE = 253 /* descriptors that Linux passes in one sendmsg() */
 };
 
@@ -964,9 +972,9 @@ typedef struct vfu_conn_desc {
 typedef struct vfu_frame {
     const uint8_t *bytes;
     uint32_t len;
-    unsigned fd_count;        /* descriptors that came with it */
-    int fds[VFU_FDS_MAX];     /* owned by the frame: take one by overwriting it with -1 */
-    unsigned fds_refused;     /* descriptors above max_fds; they are closed already */
+    unsigned fd_count;    /* descriptors that came with it */
+    int fds[VFU_FDS_MAX]; /* owned by the frame: take one by overwriting it with -1 */
+    unsigned fds_refused; /* descriptors above max_fds; they are closed already */
 } vfu_frame;
 
 /* Makes a connection. Takes desc->fd, also on failure. 0, -EINVAL, -ENOMEM, or what fcntl() says. */
@@ -979,16 +987,16 @@ VFU_API void vfu_conn_destroy(vfu_conn *conn);
 VFU_API int vfu_conn_fd(const vfu_conn *conn);
 
 /*
- * Receives once: one recvmsg(), as many bytes as there are and as fit. Returns how many; -EAGAIN: nothing there now; -EPIPE: the
- * peer has closed; -ENOBUFS: a whole message waits in the buffer, take it first; -EBADMSG: descriptors were lost on the way; or
- * what recvmsg() says. After any error but -EAGAIN and -ENOBUFS the connection is of no more use.
+ * Receives once: one recvmsg(), as many bytes as there are and as fit. Returns how many; -EAGAIN: nothing there now; -EPIPE:
+ * the peer has closed; -ENOBUFS: a whole message waits in the buffer, take it first; -EBADMSG: descriptors were lost on the
+ * way; or what recvmsg() says. After any error but -EAGAIN and -ENOBUFS the connection is of no more use.
  */
 VFU_API int vfu_conn_receive(vfu_conn *conn);
 
 /*
  * Takes the next message out of the buffer, without a system call. Closes what is left of the descriptors of *frame, which must
- * be the one of the last call (or all zero at first). 1: there is one; 0: none is complete; -EBADMSG: the size field is below 16
- * or above max_msg, and the stream has no more messages.
+ * be the one of the last call (or all zero at first). 1: there is one; 0: none is complete; -EBADMSG: the size field is
+ * below 16 or above max_msg, and the stream has no more messages.
  */
 VFU_API int vfu_conn_next(vfu_conn *conn, vfu_frame *frame);
 
@@ -1021,8 +1029,8 @@ VFU_API int vfu_sock_connect(const char *path);
 /*
  * ==== PCI ==================================================================================================================
  *
- * A configuration space, built from a descriptor: type 0 header, base address registers, a list of capabilities. Reads and writes
- * of any size and alignment have the effect of the byte accesses that they consist of. Pure state: no I/O.
+ * A configuration space, built from a descriptor: type 0 header, base address registers, a list of capabilities. Reads and
+ * writes of any size and alignment have the effect of the byte accesses that they consist of. Pure state: no I/O.
  */
 
 typedef enum vfu_bar_kind { VFU_BAR_MEM32 = 0, VFU_BAR_MEM64 = 1, VFU_BAR_IO = 2 } vfu_bar_kind;
@@ -1043,14 +1051,14 @@ typedef struct vfu_pci_vendor_cap {
 typedef struct vfu_pci_desc {
     uint16_t vendor, device;
     uint16_t subsystem_vendor, subsystem;
-    uint32_t class_code;   /* 0xccsspp: base class, subclass, programming interface */
+    uint32_t class_code; /* 0xccsspp: base class, subclass, programming interface */
     uint8_t revision;
     uint8_t interrupt_pin; /* 0: none, 1: INTA */
     vfu_bar_desc bar[6];
-    uint32_t rom_size;     /* expansion ROM, bytes, a power of two >= 2048; 0: none */
-    bool pm;               /* power management capability: D0 and D3hot, no soft reset */
-    bool express;          /* PCI Express endpoint capability; the configuration space has 4096 bytes then, else 256 */
-    bool flr;              /* function-level reset, needs express */
+    uint32_t rom_size; /* expansion ROM, bytes, a power of two >= 2048; 0: none */
+    bool pm;           /* power management capability: D0 and D3hot, no soft reset */
+    bool express;      /* PCI Express endpoint capability; the configuration space has 4096 bytes then, else 256 */
+    bool flr;          /* function-level reset, needs express */
     struct {
         uint16_t vectors; /* 0: no MSI-X capability; at most 2048 */
         uint8_t table_bar, pba_bar;
@@ -1070,18 +1078,18 @@ typedef struct vfu_pci_desc {
 
 /* What a write has changed, or asked for. */
 #define VFU_PCI_CHANGED_COMMAND 0x01u
-#define VFU_PCI_CHANGED_BAR 0x02u
-#define VFU_PCI_CHANGED_MSIX 0x04u
-#define VFU_PCI_CHANGED_POWER 0x08u
-#define VFU_PCI_ASKED_FLR 0x10u
-#define VFU_PCI_CHANGED_MSI 0x20u
+#define VFU_PCI_CHANGED_BAR     0x02u
+#define VFU_PCI_CHANGED_MSIX    0x04u
+#define VFU_PCI_CHANGED_POWER   0x08u
+#define VFU_PCI_ASKED_FLR       0x10u
+#define VFU_PCI_CHANGED_MSI     0x20u
 
 /* The bits of the command and status registers that the library or a device cares about */
-#define VFU_PCI_COMMAND_IO 0x0001u
-#define VFU_PCI_COMMAND_MEMORY 0x0002u
-#define VFU_PCI_COMMAND_MASTER 0x0004u
+#define VFU_PCI_COMMAND_IO           0x0001u
+#define VFU_PCI_COMMAND_MEMORY       0x0002u
+#define VFU_PCI_COMMAND_MASTER       0x0004u
 #define VFU_PCI_COMMAND_INTX_DISABLE 0x0400u
-#define VFU_PCI_STATUS_INTX 0x0008u
+#define VFU_PCI_STATUS_INTX          0x0008u
 
 typedef struct vfu_pci {
     /* private */
@@ -1089,8 +1097,8 @@ typedef struct vfu_pci {
     uint16_t pm_at, msi_at, msix_at, express_at;
     bool flr, msi_mask;
     uint8_t config[4096];
-    uint8_t initial[4096];  /* what a reset restores */
-    uint8_t writable[4096]; /* bits that a write changes */
+    uint8_t initial[4096];   /* what a reset restores */
+    uint8_t writable[4096];  /* bits that a write changes */
     uint8_t clearable[4096]; /* bits that a write of one clears */
 } vfu_pci;
 
@@ -1138,14 +1146,15 @@ VFU_API uint16_t vfu_pci_extended_capability(const vfu_pci *pci, uint16_t id);
  *                                           v       callbacks: disconnected                    |
  *                                        the client leaves, or breaks the protocol ------------+
  *
- * When a client leaves, whatever was asked of it is cancelled, its mappings, descriptors and interrupts are dropped; the device's
- * own state stays (specification, "Client Disconnection").
+ * When a client leaves, whatever was asked of it is cancelled, its mappings, descriptors and interrupts are dropped; the
+ * device's own state stays (specification, "Client Disconnection").
  *
- * All functions, and all callbacks, belong to the thread that polls, but for vfu_dev_raise, vfu_dev_complete, vfu_dev_iommu with
- * readers of it, and vfu_dev_stop.
+ * All functions, and all callbacks, belong to the thread that polls, but for vfu_dev_raise, vfu_dev_complete, vfu_dev_iommu
+ * with readers of it, and vfu_dev_stop.
  *
- * Requests are answered in the order in which they came. A callback that can't answer at once takes a ticket, returns VFU_PENDING,
- * and some thread completes the ticket later; until then, the client's further commands wait. DMA goes on meanwhile.
+ * Requests are answered in the order in which they came. A callback that can't answer at once takes a ticket, returns
+ * VFU_PENDING, and some thread completes the ticket later; until then, the client's further commands wait. DMA goes on
+ * meanwhile.
  */
 
 typedef struct vfu_dev vfu_dev;
@@ -1157,27 +1166,27 @@ typedef struct vfu_dev vfu_dev;
 typedef enum vfu_reset_kind { VFU_RESET_BY_CLIENT = 0, VFU_RESET_BY_FUNCTION = 1 } vfu_reset_kind;
 
 /*
- * What a device does. Every one may be NULL. ctx is the descriptor's. A callback that returns a negative errno fails the request
- * with that error. The library has checked all bounds before.
+ * What a device does. Every one may be NULL. ctx is the descriptor's. A callback that returns a negative errno fails the
+ * request with that error. The library has checked all bounds before.
  */
 typedef struct vfu_dev_callbacks {
-    /* The client reads or writes [offset, offset + len) of a region, len > 0. Return 0, a negative errno or VFU_PENDING; buf is dead
-     * then, and the data of a read comes with vfu_dev_complete. NULL: reads as zero, ignores writes. Not called for the
-     * configuration space, nor for the MSI-X table and PBA. */
+    /* The client reads or writes [offset, offset + len) of a region, len > 0. Return 0, a negative errno or VFU_PENDING; buf
+     * is dead then, and the data of a read comes with vfu_dev_complete. NULL: reads as zero, ignores writes. Not called for
+     * the configuration space, nor for the MSI-X table and PBA. */
     int (*region_read)(void *ctx, uint32_t region, uint64_t offset, void *buf, size_t len);
     int (*region_write)(void *ctx, uint32_t region, uint64_t offset, const void *buf, size_t len);
 
-    /* Back to the initial state. The configuration space, the MSI-X table and the migration state are reset already, transfers are
-     * forgotten (their `done` isn't called); mappings and interrupts stay. */
+    /* Back to the initial state. The configuration space, the MSI-X table and the migration state are reset already,
+     * transfers are forgotten (their `done` isn't called); mappings and interrupts stay. */
     void (*reset)(void *ctx, vfu_reset_kind kind);
 
-    /* Before the client writes the configuration space: return a negative errno to refuse it. And after it was written; changed is
-     * VFU_PCI_CHANGED_*. */
+    /* Before the client writes the configuration space: return a negative errno to refuse it. And after it was written;
+     * changed is VFU_PCI_CHANGED_*. */
     int (*config_writing)(void *ctx, uint32_t offset, const void *buf, uint32_t len);
     void (*config_written)(void *ctx, unsigned changed);
 
-    /* After VERSION; and when that client has gone: mappings and interrupts are dropped when it returns, tickets and transfers are
-     * forgotten already. */
+    /* After VERSION; and when that client has gone: mappings and interrupts are dropped when it returns, tickets and
+     * transfers are forgotten already. */
     void (*connected)(void *ctx);
     void (*disconnected)(void *ctx);
 
@@ -1192,16 +1201,16 @@ typedef struct vfu_dev_callbacks {
 } vfu_dev_callbacks;
 
 /*
- * Live migration (specification, "VFIO_USER_DEVICE_FEATURE"). The library keeps the state machine and takes it along legal arcs only,
- * by the shortest path; the device follows each arc.
+ * Live migration (specification, "VFIO_USER_DEVICE_FEATURE"). The library keeps the state machine and takes it along legal
+ * arcs only, by the shortest path; the device follows each arc.
  */
 typedef struct vfu_migration {
     bool pre_copy; /* PRE_COPY is supported: data can be read while the device runs */
 
-    /* Goes from one state to the next, one arc of the specification. In STOP, STOP_COPY and RESUMING the device changes neither its
-     * own state nor the client's memory. RESUMING -> STOP checks and takes what was written. Return 0; a negative errno: the device
-     * stays in `from`; -ENOTRECOVERABLE: it is in no valid state any more, and ERROR until it is reset; or VFU_PENDING. NULL: no
-     * migration. */
+    /* Goes from one state to the next, one arc of the specification. In STOP, STOP_COPY and RESUMING the device changes
+     * neither its own state nor the client's memory. RESUMING -> STOP checks and takes what was written. Return 0; a
+     * negative errno: the device stays in `from`; -ENOTRECOVERABLE: it is in no valid state any more, and ERROR until it is
+     * reset; or VFU_PENDING. NULL: no migration. */
     int (*change)(void *ctx, vfu_mig_state from, vfu_mig_state to);
 
     /* Gives up to len > 0 bytes of the device's state and returns how many; fewer: there is no more for now. In PRE_COPY and
@@ -1215,11 +1224,11 @@ typedef struct vfu_migration {
 /* A part of a region whose writes, or accesses, a client may hand to a descriptor (KVM's ioeventfd and ioregionfd). */
 typedef struct vfu_io_fd {
     uint32_t region;
-    uint32_t type;        /* VFU_IO_FD_* */
+    uint32_t type;         /* VFU_IO_FD_* */
     uint64_t offset, size; /* bytes; size 0: any width */
-    int fd;               /* borrowed until the device is destroyed; may be that of others */
-    uint32_t flags;       /* KVM's, for the type */
-    uint64_t data;        /* datamatch or user_data */
+    int fd;                /* borrowed until the device is destroyed; may be that of others */
+    uint32_t flags;        /* KVM's, for the type */
+    uint64_t data;         /* datamatch or user_data */
 } vfu_io_fd;
 
 /* What of a region a client may map. The areas are multiples of its page size. */
@@ -1241,22 +1250,23 @@ typedef struct vfu_extra_region {
 /*
  * What is done for clients that differ from the specification, or that need more of it. All off is right for QEMU.
  *
- *     no_mmap                never map a client's memory, every DMA is a message: for a device that isn't to be trusted
- *     map_exactly            map just the pages of each DMA_MAP, and unmap them with it, instead of each file once: a stray pointer of the
- *                            device meets nothing that is not mapped now. Costs an mmap() and a munmap() per mapping
- *     complete_accesses      region accesses that fail read all ones or are ignored, and are never answered with an error: Cloud
- *                            Hypervisor's client waits for ever for the rest of an error reply
- *     msix_masks             the MSI-X table's masks and the function mask hold interrupts back, and the PBA shows them: for simulators. QEMU
- *                            and other clients of VFIO keep the table to themselves, and what they write must have no effect
- *     exact_unmap            DMA_UNMAP must name exactly one mapping, else -ENOENT, as the specification's text has it, instead of the
- *                            kernel's semantics, which QEMU needs when a guest has an IOMMU
+ *     no_mmap             never map a client's memory, every DMA is a message: for a device that isn't to be trusted
+ *     map_exactly         map just the pages of each DMA_MAP, and unmap them with it, instead of each file once: a stray pointer
+ *                         of the device meets nothing that is not mapped now. Costs an mmap() and a munmap() per mapping
+ *     complete_accesses   region accesses that fail read all ones or are ignored, and are never answered with an error: Cloud
+ *                         Hypervisor's client waits for ever for the rest of an error reply
+ *     msix_masks          the MSI-X table's masks and the function mask hold interrupts back, and the PBA shows them: for
+ *                         simulators. QEMU and other clients of VFIO keep the table to themselves, and what they write must
+ *                         have no effect
+ *     exact_unmap         DMA_UNMAP must name exactly one mapping, else -ENOENT, as the specification's text has it, instead of
+ *                         the kernel's semantics, which QEMU needs when a guest has an IOMMU
  */
 typedef struct vfu_policy {
     bool no_mmap, map_exactly, complete_accesses, msix_masks, exact_unmap;
 } vfu_policy;
 
 typedef struct vfu_dev_desc {
-    vfu_pci_desc pci; /* regions 0 to 5 are its BARs, 6 its ROM, 7 its configuration space */
+    vfu_pci_desc pci;                 /* regions 0 to 5 are its BARs, 6 its ROM, 7 its configuration space */
     const vfu_region_share *share[6]; /* for each BAR; NULL: every access is a message */
 
     const vfu_extra_region *extra_regions; /* copied, as are shares and their areas */
@@ -1293,10 +1303,10 @@ VFU_API int vfu_dev_listen(vfu_dev *dev, const char *path);
 VFU_API int vfu_dev_attach(vfu_dev *dev, int fd);
 
 /*
- * Loops. Either `run`, until vfu_dev_stop or, for a connected socket that was attached, until the client leaves; it returns 0 or a
- * negative errno. Or the caller's own: wait with poll() for what vfu_dev_fds asks, at most vfu_dev_timeout milliseconds (-1: no
- * limit), then call vfu_dev_poll, which handles what is there and never blocks. It returns 0, or -ENOTCONN when there is no client
- * and none can come.
+ * Loops. Either `run`, until vfu_dev_stop or, for a connected socket that was attached, until the client leaves; it returns
+ * 0 or a negative errno. Or the caller's own: wait with poll() for what vfu_dev_fds asks, at most vfu_dev_timeout
+ * milliseconds (-1: no limit), then call vfu_dev_poll, which handles what is there and never blocks. It returns 0, or
+ * -ENOTCONN when there is no client and none can come.
  */
 typedef struct vfu_pollfd {
     int fd;
@@ -1316,9 +1326,10 @@ VFU_API void vfu_dev_stop(vfu_dev *dev);
 VFU_API void vfu_dev_want_work(vfu_dev *dev);
 
 /*
- * Answers that come later. In a callback that may return VFU_PENDING, vfu_dev_ticket gives the request's ticket. vfu_dev_complete answers
- * it, from any thread, also before the callback has returned: result is 0 or a negative errno, and data, copied, the len bytes that were read (NULL for others). 0; -ECANCELED:
- * the client has gone, or has no such request; -EINVAL: data of another length than was asked for.
+ * Answers that come later. In a callback that may return VFU_PENDING, vfu_dev_ticket gives the request's ticket.
+ * vfu_dev_complete answers it, from any thread, also before the callback has returned: result is 0 or a negative errno, and
+ * data, copied, the len bytes that were read (NULL for others). 0; -ECANCELED: the client has gone, or has no such request;
+ * -EINVAL: data of another length than was asked for.
  */
 VFU_API uint64_t vfu_dev_ticket(vfu_dev *dev);
 VFU_API int vfu_dev_complete(vfu_dev *dev, uint64_t ticket, int result, const void *data, size_t len);
@@ -1330,18 +1341,18 @@ VFU_API vfu_mig_state vfu_dev_migration_state(const vfu_dev *dev);
 VFU_API const vfu_pci *vfu_dev_pci(vfu_dev *dev);
 
 /*
- * Interrupts. raise signals interrupt `vector` of an IRQ index other than INTx: one write(), any thread. 0; -ENOENT: the client has
- * assigned no eventfd; -EINVAL: no such interrupt. set_intx sets the level of the INTx line: it is signalled when it rises, and
- * again when the client unmasks it and it is still up.
+ * Interrupts. raise signals interrupt `vector` of an IRQ index other than INTx: one write(), any thread. 0; -ENOENT: the
+ * client has assigned no eventfd; -EINVAL: no such interrupt. set_intx sets the level of the INTx line: it is signalled when
+ * it rises, and again when the client unmasks it and it is still up.
  */
 VFU_API int vfu_dev_raise(vfu_dev *dev, uint32_t index, uint32_t vector);
 VFU_API void vfu_dev_set_intx(vfu_dev *dev, bool level);
 
 /*
- * The client's memory. vfu_dev_iommu is the table; threads of the device open readers of it. vfu_dev_reader is the one of the thread
- * that polls. With memory that only messages reach, a reader of another thread waits for the client's answer; that of the thread
- * that polls gets -EDEADLK, since it is the one that would receive the answer, and since clients don't answer while they wait for a
- * reply themselves. It has vfu_dev_dma, which takes memory of every kind.
+ * The client's memory. vfu_dev_iommu is the table; threads of the device open readers of it. vfu_dev_reader is the one of
+ * the thread that polls. With memory that only messages reach, a reader of another thread waits for the client's answer;
+ * that of the thread that polls gets -EDEADLK, since it is the one that would receive the answer, and since clients don't
+ * answer while they wait for a reply themselves. It has vfu_dev_dma, which takes memory of every kind.
  */
 VFU_API vfu_iommu *vfu_dev_iommu(vfu_dev *dev);
 VFU_API vfu_iommu_reader *vfu_dev_reader(vfu_dev *dev);
@@ -1351,8 +1362,8 @@ VFU_API vfu_iommu_reader *vfu_dev_reader(vfu_dev *dev);
 typedef struct vfu_dma {
     uint64_t iova;
     void *buf;
-    size_t len;    /* bytes */
-    bool to_client; /* true: buf to iova (DMA_WRITE); false: iova to buf (DMA_READ) */
+    size_t len;                                    /* bytes */
+    bool to_client;                                /* true: buf to iova (DMA_WRITE); false: iova to buf (DMA_READ) */
     void (*done)(struct vfu_dma *dma, int result); /* by the thread that polls; 0 or as below */
     void *user;
 
@@ -1366,9 +1377,10 @@ typedef struct vfu_dma {
 } vfu_dma;
 
 /*
- * Starts one. 0: it is done, `done` is not called. 1: messages are under way, `done` will be called. Or it failed, at once or as the
- * argument of done: -ENOENT, -EACCES: refused as a whole before a byte moved, or the client has unmapped it meanwhile; -EINVAL: the
- * range wraps; -EFAULT: memory is gone; -EIO: the client refused, or answered wrongly; -ETIMEDOUT: not at all; -ENOTCONN: no client.
+ * Starts one. 0: it is done, `done` is not called. 1: messages are under way, `done` will be called. Or it failed, at once
+ * or as the argument of done: -ENOENT, -EACCES: refused as a whole before a byte moved, or the client has unmapped it
+ * meanwhile; -EINVAL: the range wraps; -EFAULT: memory is gone; -EIO: the client refused, or answered wrongly; -ETIMEDOUT:
+ * not at all; -ENOTCONN: no client.
  */
 VFU_API int vfu_dev_dma(vfu_dev *dev, vfu_dma *dma);
 
@@ -1378,8 +1390,8 @@ VFU_API void vfu_dev_dma_cancel(vfu_dev *dev, vfu_dma *dma);
 /*
  * ==== client ===============================================================================================================
  *
- * The other end. Each call sends a request and waits for its reply, up to a time limit, and meanwhile serves the device's DMA_READ
- * and DMA_WRITE from its own vfu_iommu: a device reaches what is mapped now, and nothing else.
+ * The other end. Each call sends a request and waits for its reply, up to a time limit, and meanwhile serves the device's
+ * DMA_READ and DMA_WRITE from its own vfu_iommu: a device reaches what is mapped now, and nothing else.
  */
 
 typedef struct vfu_client vfu_client;
@@ -1393,8 +1405,8 @@ typedef struct vfu_client_desc {
 } vfu_client_desc;
 
 /*
- * Connects and negotiates (VERSION). attach takes a connected socket, also on failure. desc may be NULL. 0; what connect() says;
- * -ETIMEDOUT; -EPROTO: the server answers with something that no server may; -ENOMEM.
+ * Connects and negotiates (VERSION). attach takes a connected socket, also on failure. desc may be NULL. 0; what connect()
+ * says; -ETIMEDOUT; -EPROTO: the server answers with something that no server may; -ENOMEM.
  *
  * All calls below return 0 unless they say otherwise, or: the error with which the server answered; -ETIMEDOUT, -EPIPE (it has
  * closed), -EPROTO: the connection is of no more use, and every later call says -EPIPE.
@@ -1408,10 +1420,10 @@ VFU_API int vfu_client_fd(const vfu_client *client);
 VFU_API const vfu_caps *vfu_client_caps(const vfu_client *client);
 
 /* One request and its reply, whatever it is: the general form of what follows. The id and flags of *request are set; fds are
- * borrowed. Views in *reply are borrowed until the next call. received (may be NULL) gets up to max_received descriptors, which it
- * gives, and -1 in the rest. -EIO: the server answered with an error and no number. */
-VFU_API int vfu_client_call(vfu_client *client, vfu_msg *request, const int *fds, unsigned fd_count, vfu_msg *reply, int *received,
-                            unsigned max_received);
+ * borrowed. Views in *reply are borrowed until the next call. received (may be NULL) gets up to max_received descriptors,
+ * which it gives, and -1 in the rest. -EIO: the server answered with an error and no number. */
+VFU_API int vfu_client_call(vfu_client *client, vfu_msg *request, const int *fds, unsigned fd_count, vfu_msg *reply,
+                            int *received, unsigned max_received);
 
 VFU_API int vfu_client_info(vfu_client *client, vfu_wire_device_info *out);
 VFU_API int vfu_client_irq_info(vfu_client *client, uint32_t index, vfu_wire_irq_info *out);
@@ -1420,7 +1432,7 @@ VFU_API int vfu_client_irq_info(vfu_client *client, uint32_t index, vfu_wire_irq
 typedef struct vfu_client_region {
     uint32_t flags; /* VFU_REGION_INFO_* */
     uint64_t size, offset;
-    int fd; /* given; -1: none */
+    int fd;              /* given; -1: none */
     uint32_t area_count; /* 0 with VFU_REGION_INFO_MMAP: the whole region */
     vfu_wire_sparse_area areas[16];
 } vfu_client_region;
@@ -1433,23 +1445,25 @@ VFU_API int vfu_client_region_read(vfu_client *client, uint32_t region, uint64_t
 VFU_API int vfu_client_region_write(vfu_client *client, uint32_t region, uint64_t offset, const void *buf, size_t len);
 
 /*
- * Gives memory to the device: [host, host + size) at iova. prot is VFU_IOMMU_READ, VFU_IOMMU_WRITE or both, as the device sees it.
- * With fd >= 0, which is borrowed, the device may map it: host must be the same memory as fd at offset. Without, the device uses
- * messages. Memory at host is borrowed until unmapped. unmap has the semantics of vfu_iommu_unmap, and the server's answer counts:
- * when it refuses, the mapping stays.
+ * Gives memory to the device: [host, host + size) at iova. prot is VFU_IOMMU_READ, VFU_IOMMU_WRITE or both, as the device
+ * sees it. With fd >= 0, which is borrowed, the device may map it: host must be the same memory as fd at offset. Without,
+ * the device uses messages. Memory at host is borrowed until unmapped. unmap has the semantics of vfu_iommu_unmap, and the
+ * server's answer counts: when it refuses, the mapping stays.
  */
-VFU_API int vfu_client_dma_map(vfu_client *client, uint64_t iova, uint64_t size, uint32_t prot, void *host, int fd, uint64_t offset);
+VFU_API int vfu_client_dma_map(vfu_client *client, uint64_t iova, uint64_t size, uint32_t prot, void *host, int fd,
+                               uint64_t offset);
 VFU_API int vfu_client_dma_unmap(vfu_client *client, uint64_t iova, uint64_t size);
 
-/* Assigns eventfds (borrowed) to interrupts [start, start + count) of an index; NULL: de-assigns them. In chunks of what the server
- * takes. irq_action masks, unmasks or triggers (VFU_IRQ_SET_ACTION_*); with count 0 and TRIGGER it disables the whole index. */
+/* Assigns eventfds (borrowed) to interrupts [start, start + count) of an index; NULL: de-assigns them. In chunks of what the
+ * server takes. irq_action masks, unmasks or triggers (VFU_IRQ_SET_ACTION_*); with count 0 and TRIGGER it disables the whole
+ * index. */
 VFU_API int vfu_client_irq_assign(vfu_client *client, uint32_t index, uint32_t start, uint32_t count, const int *eventfds);
 VFU_API int vfu_client_irq_action(vfu_client *client, uint32_t index, uint32_t start, uint32_t count, uint32_t action);
 
 VFU_API int vfu_client_reset(vfu_client *client);
 
-/* Serves the device's requests until wake_fd (-1: none) is readable or timeout_ms (-1: no limit) have passed. 1: it is readable; 0:
- * the time has passed. */
+/* Serves the device's requests until wake_fd (-1: none) is readable or timeout_ms (-1: no limit) have passed. 1: it is
+ * readable; 0: the time has passed. */
 VFU_API int vfu_client_serve(vfu_client *client, int wake_fd, int timeout_ms);
 
 /* The table from which the device's requests are served. Changing it by hand is allowed, but the server is not told. */
@@ -1498,33 +1512,160 @@ VFU_API vfu_iommu *vfu_client_iommu(vfu_client *client);
  */
 
 static const char *const vfux_cmd_names[] = {
-    NULL, "VERSION", "DMA_MAP", "DMA_UNMAP", "DEVICE_GET_INFO", "DEVICE_GET_REGION_INFO", "DEVICE_GET_REGION_IO_FDS",
-    "DEVICE_GET_IRQ_INFO", "DEVICE_SET_IRQS", "REGION_READ", "REGION_WRITE", "DMA_READ", "DMA_WRITE", "DEVICE_RESET", NULL,
-    "REGION_WRITE_MULTI", "DEVICE_FEATURE", "MIG_DATA_READ", "MIG_DATA_WRITE",
+    NULL,
+    "VERSION",
+    "DMA_MAP",
+    "DMA_UNMAP",
+    "DEVICE_GET_INFO",
+    "DEVICE_GET_REGION_INFO",
+    "DEVICE_GET_REGION_IO_FDS",
+    "DEVICE_GET_IRQ_INFO",
+    "DEVICE_SET_IRQS",
+    "REGION_READ",
+    "REGION_WRITE",
+    "DMA_READ",
+    "DMA_WRITE",
+    "DEVICE_RESET",
+    NULL,
+    "REGION_WRITE_MULTI",
+    "DEVICE_FEATURE",
+    "MIG_DATA_READ",
+    "MIG_DATA_WRITE",
 };
 
 /* Numbered as Linux does on most machines, whatever this compiler's <errno.h> says: the index is the value on the wire. */
 static const char *const vfux_errno_names[] = {
-    NULL, "EPERM", "ENOENT", "ESRCH", "EINTR", "EIO", "ENXIO", "E2BIG", "ENOEXEC", "EBADF", "ECHILD", "EAGAIN", "ENOMEM",
-    "EACCES", "EFAULT", "ENOTBLK", "EBUSY", "EEXIST", "EXDEV", "ENODEV", "ENOTDIR", "EISDIR", "EINVAL", "ENFILE", "EMFILE",
-    "ENOTTY", "ETXTBSY", "EFBIG", "ENOSPC", "ESPIPE", "EROFS", "EMLINK", "EPIPE", "EDOM", "ERANGE", "EDEADLK", "ENAMETOOLONG",
-    "ENOLCK", "ENOSYS", "ENOTEMPTY", "ELOOP", NULL, "ENOMSG", "EIDRM", "ECHRNG", "EL2NSYNC", "EL3HLT", "EL3RST", "ELNRNG",
-    "EUNATCH", "ENOCSI", "EL2HLT", "EBADE", "EBADR", "EXFULL", "ENOANO", "EBADRQC", "EBADSLT", NULL, "EBFONT", "ENOSTR",
-    "ENODATA", "ETIME", "ENOSR", "ENONET", "ENOPKG", "EREMOTE", "ENOLINK", "EADV", "ESRMNT", "ECOMM", "EPROTO", "EMULTIHOP",
-    "EDOTDOT", "EBADMSG", "EOVERFLOW", "ENOTUNIQ", "EBADFD", "EREMCHG", "ELIBACC", "ELIBBAD", "ELIBSCN", "ELIBMAX",
-    "ELIBEXEC", "EILSEQ", "ERESTART", "ESTRPIPE", "EUSERS", "ENOTSOCK", "EDESTADDRREQ", "EMSGSIZE", "EPROTOTYPE",
-    "ENOPROTOOPT", "EPROTONOSUPPORT", "ESOCKTNOSUPPORT", "EOPNOTSUPP", "EPFNOSUPPORT", "EAFNOSUPPORT", "EADDRINUSE",
-    "EADDRNOTAVAIL", "ENETDOWN", "ENETUNREACH", "ENETRESET", "ECONNABORTED", "ECONNRESET", "ENOBUFS", "EISCONN", "ENOTCONN",
-    "ESHUTDOWN", "ETOOMANYREFS", "ETIMEDOUT", "ECONNREFUSED", "EHOSTDOWN", "EHOSTUNREACH", "EALREADY", "EINPROGRESS",
-    "ESTALE", "EUCLEAN", "ENOTNAM", "ENAVAIL", "EISNAM", "EREMOTEIO", "EDQUOT", "ENOMEDIUM", "EMEDIUMTYPE", "ECANCELED",
+    NULL,
+    "EPERM",
+    "ENOENT",
+    "ESRCH",
+    "EINTR",
+    "EIO",
+    "ENXIO",
+    "E2BIG",
+    "ENOEXEC",
+    "EBADF",
+    "ECHILD",
+    "EAGAIN",
+    "ENOMEM",
+    "EACCES",
+    "EFAULT",
+    "ENOTBLK",
+    "EBUSY",
+    "EEXIST",
+    "EXDEV",
+    "ENODEV",
+    "ENOTDIR",
+    "EISDIR",
+    "EINVAL",
+    "ENFILE",
+    "EMFILE",
+    "ENOTTY",
+    "ETXTBSY",
+    "EFBIG",
+    "ENOSPC",
+    "ESPIPE",
+    "EROFS",
+    "EMLINK",
+    "EPIPE",
+    "EDOM",
+    "ERANGE",
+    "EDEADLK",
+    "ENAMETOOLONG",
+    "ENOLCK",
+    "ENOSYS",
+    "ENOTEMPTY",
+    "ELOOP",
+    NULL,
+    "ENOMSG",
+    "EIDRM",
+    "ECHRNG",
+    "EL2NSYNC",
+    "EL3HLT",
+    "EL3RST",
+    "ELNRNG",
+    "EUNATCH",
+    "ENOCSI",
+    "EL2HLT",
+    "EBADE",
+    "EBADR",
+    "EXFULL",
+    "ENOANO",
+    "EBADRQC",
+    "EBADSLT",
+    NULL,
+    "EBFONT",
+    "ENOSTR",
+    "ENODATA",
+    "ETIME",
+    "ENOSR",
+    "ENONET",
+    "ENOPKG",
+    "EREMOTE",
+    "ENOLINK",
+    "EADV",
+    "ESRMNT",
+    "ECOMM",
+    "EPROTO",
+    "EMULTIHOP",
+    "EDOTDOT",
+    "EBADMSG",
+    "EOVERFLOW",
+    "ENOTUNIQ",
+    "EBADFD",
+    "EREMCHG",
+    "ELIBACC",
+    "ELIBBAD",
+    "ELIBSCN",
+    "ELIBMAX",
+    "ELIBEXEC",
+    "EILSEQ",
+    "ERESTART",
+    "ESTRPIPE",
+    "EUSERS",
+    "ENOTSOCK",
+    "EDESTADDRREQ",
+    "EMSGSIZE",
+    "EPROTOTYPE",
+    "ENOPROTOOPT",
+    "EPROTONOSUPPORT",
+    "ESOCKTNOSUPPORT",
+    "EOPNOTSUPP",
+    "EPFNOSUPPORT",
+    "EAFNOSUPPORT",
+    "EADDRINUSE",
+    "EADDRNOTAVAIL",
+    "ENETDOWN",
+    "ENETUNREACH",
+    "ENETRESET",
+    "ECONNABORTED",
+    "ECONNRESET",
+    "ENOBUFS",
+    "EISCONN",
+    "ENOTCONN",
+    "ESHUTDOWN",
+    "ETOOMANYREFS",
+    "ETIMEDOUT",
+    "ECONNREFUSED",
+    "EHOSTDOWN",
+    "EHOSTUNREACH",
+    "EALREADY",
+    "EINPROGRESS",
+    "ESTALE",
+    "EUCLEAN",
+    "ENOTNAM",
+    "ENAVAIL",
+    "EISNAM",
+    "EREMOTEIO",
+    "EDQUOT",
+    "ENOMEDIUM",
+    "EMEDIUMTYPE",
+    "ECANCELED",
 };
 
 #define VFUX_COUNT(array) (sizeof(array) / sizeof((array)[0]))
 
-static const char *vfux_name(const char *const *names, size_t count, uint32_t i)
-{
-    return i < count ? names[i] : NULL;
-}
+static const char *vfux_name(const char *const *names, size_t count, uint32_t i) { return i < count ? names[i] : NULL; }
 
 VFU_API const char *vfu_cmd_name(uint16_t cmd)
 {
@@ -1555,12 +1696,10 @@ static void vfux_text_bytes(vfux_text *t, const char *s, size_t n)
     t->len += n;
 }
 
-static void vfux_text_add(vfux_text *t, const char *s)
-{
-    vfux_text_bytes(t, s, strlen(s));
-}
+static void vfux_text_add(vfux_text *t, const char *s) { vfux_text_bytes(t, s, strlen(s)); }
 
-/* Divides by 10 in pieces of 16 bits and returns the rest: 32-bit compilers would call a routine for it that may not be there. */
+/* Divides by 10 in pieces of 16 bits and returns the rest: 32-bit compilers would call a routine for it that may not be
+ * there. */
 static uint32_t vfux_divide_by_10(uint64_t *value)
 {
     uint64_t quotient = 0;
@@ -1663,19 +1802,16 @@ typedef struct vfux_json {
     const uint8_t *at;
     const uint8_t *end;
     vfu_caps *caps;
-    bool mismatch;                      /* a known name had a value of the wrong kind: -EINVAL, if the rest is well-formed */
-    uint8_t depth;                      /* open containers, at most VFU_CAPS_DEPTH_MAX */
-    uint8_t stack[VFU_CAPS_DEPTH_MAX];  /* of each: its place, or VFUX_JSON_ARRAY */
-    size_t name_len;                    /* of the last string; VFUX_JSON_NAME_MAX if it was longer than any known name */
+    bool mismatch;                     /* a known name had a value of the wrong kind: -EINVAL, if the rest is well-formed */
+    uint8_t depth;                     /* open containers, at most VFU_CAPS_DEPTH_MAX */
+    uint8_t stack[VFU_CAPS_DEPTH_MAX]; /* of each: its place, or VFUX_JSON_ARRAY */
+    size_t name_len;                   /* of the last string; VFUX_JSON_NAME_MAX if it was longer than any known name */
     uint8_t name[VFUX_JSON_NAME_MAX];
 } vfux_json;
 
 #define VFUX_JSON_ARRAY 0xffu
 
-static bool vfux_json_more(vfux_json *j)
-{
-    return j->at < j->end;
-}
+static bool vfux_json_more(vfux_json *j) { return j->at < j->end; }
 
 static void vfux_json_space(vfux_json *j)
 {
@@ -1704,10 +1840,7 @@ static bool vfux_json_word(vfux_json *j, const char *word)
     return true;
 }
 
-static bool vfux_json_digit(const vfux_json *j)
-{
-    return j->at < j->end && *j->at >= '0' && *j->at <= '9';
-}
+static bool vfux_json_digit(const vfux_json *j) { return j->at < j->end && *j->at >= '0' && *j->at <= '9'; }
 
 /* Known names are plain ASCII, so a code point above is enough of a difference and is kept as one byte that never matches. */
 static void vfux_json_name_add(vfux_json *j, uint32_t code)
@@ -1878,9 +2011,7 @@ static void vfux_caps_enter(vfu_caps *caps, vfux_json_place place)
 
     vfu_caps_defaults(&defaults);
     switch (place) {
-    case VFUX_JSON_CAPS:
-        *caps = defaults;
-        break;
+    case VFUX_JSON_CAPS: *caps = defaults; break;
     case VFUX_JSON_TWIN:
         caps->present |= VFU_CAPS_TWIN_SOCKET;
         caps->twin_socket = false;
@@ -1891,8 +2022,7 @@ static void vfux_caps_enter(vfu_caps *caps, vfux_json_place place)
         caps->migration = true;
         caps->migration_pgsize = defaults.migration_pgsize;
         break;
-    default:
-        break;
+    default: break;
     }
 }
 
@@ -1916,14 +2046,9 @@ static bool vfux_caps_number(vfu_caps *caps, vfux_json_place place, uint64_t val
         caps->present |= VFU_CAPS_PGSIZES;
         caps->pgsizes = value;
         return true;
-    case VFUX_JSON_TWIN_INDEX:
-        caps->twin_fd_index = (int32_t)(value & INT32_MAX);
-        return value <= INT32_MAX;
-    case VFUX_JSON_MIG_PGSIZE:
-        caps->migration_pgsize = value;
-        return true;
-    default:
-        return true;
+    case VFUX_JSON_TWIN_INDEX: caps->twin_fd_index = (int32_t)(value & INT32_MAX); return value <= INT32_MAX;
+    case VFUX_JSON_MIG_PGSIZE: caps->migration_pgsize = value; return true;
+    default: return true;
     }
 }
 
@@ -2204,10 +2329,7 @@ static bool vfux_msg_is(const vfu_msg *msg, uint16_t cmd, bool reply)
     return msg->cmd == cmd && vfu_msg_is_reply(msg) == reply && !vfu_msg_is_error(msg);
 }
 
-static bool vfux_one_bit(uint32_t bits)
-{
-    return bits != 0 && (bits & (bits - 1)) == 0;
-}
+static bool vfux_one_bit(uint32_t bits) { return bits != 0 && (bits & (bits - 1)) == 0; }
 
 static bool vfux_irq_set_valid(uint32_t flags, uint32_t start, uint32_t count)
 {
@@ -2270,12 +2392,9 @@ static bool vfux_cap_complete(const vfu_region_cap *cap)
     vfu_wire_cap_type type;
 
     switch (cap->id) {
-    case VFU_REGION_CAP_SPARSE_MMAP:
-        return vfu_region_cap_areas(cap, &areas) == 0;
-    case VFU_REGION_CAP_TYPE:
-        return vfu_region_cap_type(cap, &type) == 0;
-    default:
-        return true;
+    case VFU_REGION_CAP_SPARSE_MMAP: return vfu_region_cap_areas(cap, &areas) == 0;
+    case VFU_REGION_CAP_TYPE: return vfu_region_cap_type(cap, &type) == 0;
+    default: return true;
     }
 }
 
@@ -2661,49 +2780,28 @@ static int vfux_decode_payload(const vfux_payload *in, vfu_dma_layout layout, vf
     bool reply = vfu_msg_is_reply(m);
 
     switch (m->cmd) {
-    case VFU_CMD_VERSION:
-        return vfux_decode_version(in, m);
-    case VFU_CMD_DMA_MAP:
-        return reply ? 0 : vfux_decode_dma_map(in, m);
-    case VFU_CMD_DMA_UNMAP:
-        return vfux_decode_dma_unmap(in, reply, m);
-    case VFU_CMD_DEVICE_GET_INFO:
-        return vfux_decode_device_info(in, m);
-    case VFU_CMD_DEVICE_GET_REGION_INFO:
-        return vfux_decode_region_info(in, reply, m);
-    case VFU_CMD_DEVICE_GET_REGION_IO_FDS:
-        return vfux_decode_region_io_fds(in, reply, m);
-    case VFU_CMD_DEVICE_GET_IRQ_INFO:
-        return vfux_decode_irq_info(in, m);
-    case VFU_CMD_DEVICE_SET_IRQS:
-        return reply ? 0 : vfux_decode_irq_set(in, m);
-    case VFU_CMD_REGION_READ:
-        return vfux_decode_region(in, reply, m);
-    case VFU_CMD_REGION_WRITE:
-        return vfux_decode_region(in, !reply, m);
-    case VFU_CMD_DMA_READ:
-        return reply ? vfux_decode_dma_data(in, layout, true, m) : vfux_decode_dma_plain(in, false, m);
-    case VFU_CMD_DMA_WRITE:
-        return reply ? vfux_decode_dma_plain(in, true, m) : vfux_decode_dma_data(in, layout, false, m);
-    case VFU_CMD_DEVICE_RESET:
-        return reply || in->n == 0 ? 0 : -EINVAL;
-    case VFU_CMD_REGION_WRITE_MULTI:
-        return vfux_decode_write_multi(in, reply, m);
-    case VFU_CMD_DEVICE_FEATURE:
-        return vfux_decode_feature(in, reply, m);
-    case VFU_CMD_MIG_DATA_READ:
-        return vfux_decode_mig_data(in, reply, m);
-    case VFU_CMD_MIG_DATA_WRITE:
-        return reply ? 0 : vfux_decode_mig_data(in, true, m);
-    default:
-        return -ENOSYS;
+    case VFU_CMD_VERSION: return vfux_decode_version(in, m);
+    case VFU_CMD_DMA_MAP: return reply ? 0 : vfux_decode_dma_map(in, m);
+    case VFU_CMD_DMA_UNMAP: return vfux_decode_dma_unmap(in, reply, m);
+    case VFU_CMD_DEVICE_GET_INFO: return vfux_decode_device_info(in, m);
+    case VFU_CMD_DEVICE_GET_REGION_INFO: return vfux_decode_region_info(in, reply, m);
+    case VFU_CMD_DEVICE_GET_REGION_IO_FDS: return vfux_decode_region_io_fds(in, reply, m);
+    case VFU_CMD_DEVICE_GET_IRQ_INFO: return vfux_decode_irq_info(in, m);
+    case VFU_CMD_DEVICE_SET_IRQS: return reply ? 0 : vfux_decode_irq_set(in, m);
+    case VFU_CMD_REGION_READ: return vfux_decode_region(in, reply, m);
+    case VFU_CMD_REGION_WRITE: return vfux_decode_region(in, !reply, m);
+    case VFU_CMD_DMA_READ: return reply ? vfux_decode_dma_data(in, layout, true, m) : vfux_decode_dma_plain(in, false, m);
+    case VFU_CMD_DMA_WRITE: return reply ? vfux_decode_dma_plain(in, true, m) : vfux_decode_dma_data(in, layout, false, m);
+    case VFU_CMD_DEVICE_RESET: return reply || in->n == 0 ? 0 : -EINVAL;
+    case VFU_CMD_REGION_WRITE_MULTI: return vfux_decode_write_multi(in, reply, m);
+    case VFU_CMD_DEVICE_FEATURE: return vfux_decode_feature(in, reply, m);
+    case VFU_CMD_MIG_DATA_READ: return vfux_decode_mig_data(in, reply, m);
+    case VFU_CMD_MIG_DATA_WRITE: return reply ? 0 : vfux_decode_mig_data(in, true, m);
+    default: return -ENOSYS;
     }
 }
 
-static bool vfux_cmd_known(uint16_t cmd)
-{
-    return vfux_name(vfux_cmd_names, VFUX_COUNT(vfux_cmd_names), cmd) != NULL;
-}
+static bool vfux_cmd_known(uint16_t cmd) { return vfux_name(vfux_cmd_names, VFUX_COUNT(vfux_cmd_names), cmd) != NULL; }
 
 VFU_API int vfu_msg_decode_dma(const void *bytes, size_t len, vfu_dma_layout layout, vfu_msg *out)
 {
@@ -2765,10 +2863,7 @@ static void vfux_tail(vfux_frame *f, const void *data, uint32_t n)
 }
 
 /* Data is there exactly where it belongs, and as much of it as count says. */
-static bool vfux_data_valid(bool with_data, uint64_t count, uint32_t data_len)
-{
-    return data_len == (with_data ? count : 0);
-}
+static bool vfux_data_valid(bool with_data, uint64_t count, uint32_t data_len) { return data_len == (with_data ? count : 0); }
 
 static int vfux_encode_version(const vfu_msg *m, vfux_frame *f)
 {
@@ -2969,42 +3064,24 @@ static int vfux_encode_payload(const vfu_msg *m, bool whole, vfux_frame *f)
     bool reply = vfu_msg_is_reply(m);
 
     switch (m->cmd) {
-    case VFU_CMD_VERSION:
-        return vfux_encode_version(m, f);
-    case VFU_CMD_DMA_MAP:
-        return reply ? 0 : vfux_encode_dma_map(m, f);
-    case VFU_CMD_DMA_UNMAP:
-        return vfux_encode_dma_unmap(m, reply, f);
-    case VFU_CMD_DEVICE_GET_INFO:
-        return vfux_encode_device_info(m, f);
-    case VFU_CMD_DEVICE_GET_REGION_INFO:
-        return vfux_encode_region_info(m, reply, f);
-    case VFU_CMD_DEVICE_GET_REGION_IO_FDS:
-        return vfux_encode_region_io_fds(m, reply, f);
-    case VFU_CMD_DEVICE_GET_IRQ_INFO:
-        return vfux_encode_irq_info(m, f);
-    case VFU_CMD_DEVICE_SET_IRQS:
-        return reply ? 0 : vfux_encode_irq_set(m, f);
-    case VFU_CMD_REGION_READ:
-        return vfux_encode_region(m, reply, f);
-    case VFU_CMD_REGION_WRITE:
-        return vfux_encode_region(m, !reply, f);
-    case VFU_CMD_DMA_READ:
-        return reply ? vfux_encode_dma_data(m, whole, f) : vfux_encode_dma_plain(m, false, f);
-    case VFU_CMD_DMA_WRITE:
-        return reply ? vfux_encode_dma_plain(m, true, f) : vfux_encode_dma_data(m, whole, f);
-    case VFU_CMD_DEVICE_RESET:
-        return 0;
-    case VFU_CMD_REGION_WRITE_MULTI:
-        return vfux_encode_write_multi(m, reply, f);
-    case VFU_CMD_DEVICE_FEATURE:
-        return vfux_encode_feature(m, reply, f);
-    case VFU_CMD_MIG_DATA_READ:
-        return vfux_encode_mig_data(m, reply, f);
-    case VFU_CMD_MIG_DATA_WRITE:
-        return reply ? 0 : vfux_encode_mig_data(m, true, f);
-    default:
-        return -EINVAL;
+    case VFU_CMD_VERSION: return vfux_encode_version(m, f);
+    case VFU_CMD_DMA_MAP: return reply ? 0 : vfux_encode_dma_map(m, f);
+    case VFU_CMD_DMA_UNMAP: return vfux_encode_dma_unmap(m, reply, f);
+    case VFU_CMD_DEVICE_GET_INFO: return vfux_encode_device_info(m, f);
+    case VFU_CMD_DEVICE_GET_REGION_INFO: return vfux_encode_region_info(m, reply, f);
+    case VFU_CMD_DEVICE_GET_REGION_IO_FDS: return vfux_encode_region_io_fds(m, reply, f);
+    case VFU_CMD_DEVICE_GET_IRQ_INFO: return vfux_encode_irq_info(m, f);
+    case VFU_CMD_DEVICE_SET_IRQS: return reply ? 0 : vfux_encode_irq_set(m, f);
+    case VFU_CMD_REGION_READ: return vfux_encode_region(m, reply, f);
+    case VFU_CMD_REGION_WRITE: return vfux_encode_region(m, !reply, f);
+    case VFU_CMD_DMA_READ: return reply ? vfux_encode_dma_data(m, whole, f) : vfux_encode_dma_plain(m, false, f);
+    case VFU_CMD_DMA_WRITE: return reply ? vfux_encode_dma_plain(m, true, f) : vfux_encode_dma_data(m, whole, f);
+    case VFU_CMD_DEVICE_RESET: return 0;
+    case VFU_CMD_REGION_WRITE_MULTI: return vfux_encode_write_multi(m, reply, f);
+    case VFU_CMD_DEVICE_FEATURE: return vfux_encode_feature(m, reply, f);
+    case VFU_CMD_MIG_DATA_READ: return vfux_encode_mig_data(m, reply, f);
+    case VFU_CMD_MIG_DATA_WRITE: return reply ? 0 : vfux_encode_mig_data(m, true, f);
+    default: return -EINVAL;
     }
 }
 
@@ -3146,10 +3223,7 @@ VFU_API bool vfu_msg_next_cap(const vfu_msg *msg, vfu_region_cap *cap)
 }
 
 /* What follows the header of a sparse mmap capability, and of a type capability, begins with two 32-bit words. */
-static void vfux_cap_words(const vfu_region_cap *cap, uint32_t words[2])
-{
-    memcpy(words, cap->data, 2 * sizeof words[0]);
-}
+static void vfux_cap_words(const vfu_region_cap *cap, uint32_t words[2]) { memcpy(words, cap->data, 2 * sizeof words[0]); }
 
 VFU_API int vfu_region_cap_areas(const vfu_region_cap *cap, uint32_t *count)
 {
@@ -3349,9 +3423,9 @@ VFU_API int vfu_feature_set_log_report(vfu_msg *msg, const vfu_wire_feature_log_
     return vfux_feature_set(msg, VFU_FEATURE_LOGGING_REPORT, in, sizeof *in, bitmap, bitmap_len, buf, cap);
 }
 
-#define VFUX_RENDER_BYTES 16u /* of data */
-#define VFUX_RENDER_ITEMS 4u  /* of an array */
-#define VFUX_RENDER_TEXT 256u /* of version data */
+#define VFUX_RENDER_BYTES 16u  /* of data */
+#define VFUX_RENDER_ITEMS 4u   /* of an array */
+#define VFUX_RENDER_TEXT  256u /* of version data */
 
 /* The names of the bits that are set, with a bar between, and what remains as a number; "-" for none. names[i] is bit i. */
 static void vfux_render_bits(vfux_text *t, uint64_t bits, const char *const *names, uint32_t count)
@@ -3410,8 +3484,7 @@ static void vfux_render_data(vfux_text *t, const uint8_t *data, uint32_t n)
     uint64_t eight;
 
     switch (data != NULL ? n : 0) {
-    case 0:
-        return;
+    case 0: return;
     case 1:
         memcpy(&one, data, n);
         vfux_text_hex(t, " = ", one);
@@ -3428,8 +3501,7 @@ static void vfux_render_data(vfux_text *t, const uint8_t *data, uint32_t n)
         memcpy(&eight, data, n);
         vfux_text_hex(t, " = ", eight);
         return;
-    default:
-        break;
+    default: break;
     }
     vfux_text_add(t, " =");
     for (uint32_t i = 0; i < n && i < VFUX_RENDER_BYTES; i++) {
@@ -3617,12 +3689,8 @@ static void vfux_render_payload(vfux_text *t, const vfu_msg *m)
         }
         vfux_text_dec(t, " argsz ", m->u.device_info.argsz);
         break;
-    case VFU_CMD_DEVICE_GET_REGION_INFO:
-        vfux_render_region_info(t, m);
-        break;
-    case VFU_CMD_DEVICE_GET_REGION_IO_FDS:
-        vfux_render_io_fds(t, m);
-        break;
+    case VFU_CMD_DEVICE_GET_REGION_INFO: vfux_render_region_info(t, m); break;
+    case VFU_CMD_DEVICE_GET_REGION_IO_FDS: vfux_render_io_fds(t, m); break;
     case VFU_CMD_DEVICE_GET_IRQ_INFO:
         vfux_render_irq(t, m->u.irq_info.index);
         if (reply) {
@@ -3653,12 +3721,8 @@ static void vfux_render_payload(vfux_text *t, const vfu_msg *m)
         vfux_text_add(t, m->u.dma.legacy ? " legacy" : "");
         vfux_render_data(t, m->u.dma.data, m->u.dma.data_len);
         break;
-    case VFU_CMD_REGION_WRITE_MULTI:
-        vfux_render_write_multi(t, m);
-        break;
-    case VFU_CMD_DEVICE_FEATURE:
-        vfux_render_feature(t, m);
-        break;
+    case VFU_CMD_REGION_WRITE_MULTI: vfux_render_write_multi(t, m); break;
+    case VFU_CMD_DEVICE_FEATURE: vfux_render_feature(t, m); break;
     case VFU_CMD_MIG_DATA_READ:
     case VFU_CMD_MIG_DATA_WRITE:
         if (!reply || m->cmd == VFU_CMD_MIG_DATA_READ) {
@@ -3667,8 +3731,7 @@ static void vfux_render_payload(vfux_text *t, const vfu_msg *m)
             vfux_render_data(t, m->u.mig_data.data, m->u.mig_data.data_len);
         }
         break;
-    default:
-        break;
+    default: break;
     }
 }
 
@@ -3978,8 +4041,8 @@ static void vfux_conn_close_hole(vfu_conn *conn)
     conn->rx_hole_len = 0;
 }
 
-/* Is there room to receive, for bytes and for descriptors? Makes some by moving what is left of the last message to the front. If
- * there is none, a whole message waits to be taken. */
+/* Is there room to receive, for bytes and for descriptors? Makes some by moving what is left of the last message to the
+ * front. If there is none, a whole message waits to be taken. */
 static bool vfux_conn_has_room(vfu_conn *conn)
 {
     vfux_conn_close_hole(conn);
@@ -4329,7 +4392,8 @@ static void vfux_put32(uint8_t *at, uint32_t value)
 static uint16_t vfux_get16(const uint8_t *at) { return (uint16_t)(at[0] | at[1] << 8); }
 static uint32_t vfux_get32(const uint8_t *at) { return vfux_get16(at) | (uint32_t)vfux_get16(at + 2) << 16; }
 
-/* Adds an empty capability of len bytes to the end of the list. Returns its offset, 0: no room. *end is where the next may start. */
+/* Adds an empty capability of len bytes to the end of the list. Returns its offset, 0: no room. *end is where the next may
+ * start. */
 static uint16_t vfux_pci_add(vfu_pci *pci, uint16_t *end, uint8_t **link, uint8_t id, uint32_t len)
 {
     uint16_t at = *end;
@@ -4343,7 +4407,8 @@ static uint16_t vfux_pci_add(vfu_pci *pci, uint16_t *end, uint8_t **link, uint8_
     return at;
 }
 
-/* A 64-bit BAR takes two registers; I/O and memory BARs keep their type in the low bits, and size themselves by read-only zeros. */
+/* A 64-bit BAR takes two registers; I/O and memory BARs keep their type in the low bits, and size themselves by read-only
+ * zeros. */
 static bool vfux_pci_build_bars(vfu_pci *pci, const vfu_pci_desc *desc)
 {
     uint32_t command = VFU_PCI_COMMAND_MASTER | VFU_PCI_COMMAND_INTX_DISABLE | 0x0140u; /* parity and SERR are storage */
@@ -4377,8 +4442,9 @@ static bool vfux_pci_build_msix(vfu_pci *pci, const vfu_pci_desc *desc, uint16_t
 {
     uint64_t vectors = desc->msix.vectors, table_end = desc->msix.table_offset + vectors * 16;
     uint64_t pba_end = desc->msix.pba_offset + (vectors + 63) / 64 * 8;
-    if (vectors > 2048 || desc->msix.table_bar > 5 || desc->msix.pba_bar > 5 || (desc->msix.table_offset | desc->msix.pba_offset) & 7 ||
-        table_end > desc->bar[desc->msix.table_bar].size || pba_end > desc->bar[desc->msix.pba_bar].size)
+    if (vectors > 2048 || desc->msix.table_bar > 5 || desc->msix.pba_bar > 5 ||
+        (desc->msix.table_offset | desc->msix.pba_offset) & 7 || table_end > desc->bar[desc->msix.table_bar].size ||
+        pba_end > desc->bar[desc->msix.pba_bar].size)
         return false;
     pci->msix_at = vfux_pci_add(pci, end, link, VFUX_PCI_CAP_MSIX, VFUX_MSIX_LEN);
     if (!pci->msix_at)
@@ -4398,15 +4464,15 @@ static bool vfux_pci_build_express(vfu_pci *pci, const vfu_pci_desc *desc, uint1
         return false;
     uint8_t *cap = pci->config + pci->express_at, *writable = pci->writable + pci->express_at;
     pci->flr = desc->flr;
-    vfux_put16(cap + 2, 0x0002);                                          /* version 2, endpoint */
+    vfux_put16(cap + 2, 0x0002);                                            /* version 2, endpoint */
     vfux_put32(cap + 4, 0x00008000u | (desc->flr ? UINT32_C(1) << 28 : 0)); /* role-based errors, function-level reset */
-    vfux_put16(cap + 8, 0x2810);                                          /* relaxed ordering, no snoop, 512-byte reads */
+    vfux_put16(cap + 8, 0x2810);                                            /* relaxed ordering, no snoop, 512-byte reads */
     vfux_put16(writable + 8, 0x7fff);
     vfux_put16(pci->clearable + pci->express_at + 10, 0x000f); /* device status: errors */
     vfux_put32(cap + 12, 0x00000011);                          /* link: 2.5 GT/s, x1 */
-    vfux_put16(writable + 16, 0x01cb);                         /* link control: ASPM, RCB, common clock, extended sync, clock PM */
-    vfux_put16(cap + 18, 0x0011);                              /* link status: 2.5 GT/s, x1 */
-    vfux_put32(cap + 36, 0x00000010);                          /* completion timeout can be disabled */
+    vfux_put16(writable + 16, 0x01cb); /* link control: ASPM, RCB, common clock, extended sync, clock PM */
+    vfux_put16(cap + 18, 0x0011);      /* link status: 2.5 GT/s, x1 */
+    vfux_put32(cap + 36, 0x00000010);  /* completion timeout can be disabled */
     vfux_put16(writable + 40, 0x0010);
     vfux_put32(cap + 44, 0x00000002); /* supported speeds: 2.5 GT/s */
     vfux_put16(cap + 48, 0x0001);     /* target speed: 2.5 GT/s */
@@ -4427,7 +4493,7 @@ static bool vfux_pci_build_msi(vfu_pci *pci, const vfu_pci_desc *desc, uint16_t 
     uint8_t *cap = pci->config + pci->msi_at, *writable = pci->writable + pci->msi_at;
     pci->msi_mask = desc->msi.mask;
     vfux_put16(cap + VFUX_MSI_CONTROL, 0x0080u | log2 << 1 | (desc->msi.mask ? 0x0100u : 0)); /* 64-bit */
-    vfux_put16(writable + VFUX_MSI_CONTROL, 0x0071);                                      /* enable, vectors in use */
+    vfux_put16(writable + VFUX_MSI_CONTROL, 0x0071);                                          /* enable, vectors in use */
     vfux_put32(writable + 4, 0xfffffffc);
     vfux_put32(writable + 8, 0xffffffff);
     vfux_put16(writable + 12, 0xffff);
@@ -4458,9 +4524,9 @@ static bool vfux_pci_build_extended(vfu_pci *pci, const vfu_pci_desc *desc)
         return !desc->aer && !desc->serial_number && !desc->extended_vendor_cap_count;
     if (desc->aer) { /* first, as most drivers expect it */
         at = vfux_pci_add_extended(pci, &end, &previous, VFUX_PCI_EXT_AER, 2, VFUX_AER_LEN);
-        vfux_put32(pci->clearable + at + 4, 0x007ff030);  /* uncorrectable errors: status, */
-        vfux_put32(pci->writable + at + 8, 0x007ff030);   /* mask */
-        vfux_put32(pci->writable + at + 12, 0x007ff030);  /* and severity */
+        vfux_put32(pci->clearable + at + 4, 0x007ff030); /* uncorrectable errors: status, */
+        vfux_put32(pci->writable + at + 8, 0x007ff030);  /* mask */
+        vfux_put32(pci->writable + at + 12, 0x007ff030); /* and severity */
         vfux_put32(pci->config + at + 12, 0x00462030);
         vfux_put32(pci->clearable + at + 16, 0x0000f1c1); /* correctable errors: status and mask */
         vfux_put32(pci->writable + at + 20, 0x0000f1c1);
@@ -4489,7 +4555,7 @@ static bool vfux_pci_build_caps(vfu_pci *pci, const vfu_pci_desc *desc)
     uint8_t *link = &pci->config[VFUX_PCI_CAPABILITIES];
     if (desc->pm) {
         pci->pm_at = vfux_pci_add(pci, &end, &link, VFUX_PCI_CAP_PM, VFUX_PM_LEN);
-        vfux_put16(pci->config + pci->pm_at + 2, 0x0003); /* version 1.2: D0 and D3hot */
+        vfux_put16(pci->config + pci->pm_at + 2, 0x0003);               /* version 1.2: D0 and D3hot */
         vfux_put16(pci->config + pci->pm_at + VFUX_PM_CONTROL, 0x0008); /* no reset between D3hot and D0 */
         vfux_put16(pci->writable + pci->pm_at + VFUX_PM_CONTROL, 0x0003);
     }
@@ -4525,8 +4591,8 @@ VFU_API int vfu_pci_build(vfu_pci *pci, const vfu_pci_desc *desc)
     pci->writable[VFUX_PCI_INTERRUPT_LINE] = 0xff;
     pci->writable[VFUX_PCI_CACHE_LINE] = 0xff;
     vfux_put16(pci->clearable + VFUX_PCI_STATUS, 0xf900); /* errors */
-    if (desc->class_code > 0xffffff || desc->interrupt_pin > 4 || (desc->flr && !desc->express) || !vfux_pci_build_bars(pci, desc) ||
-        !vfux_pci_build_caps(pci, desc) || !vfux_pci_build_extended(pci, desc))
+    if (desc->class_code > 0xffffff || desc->interrupt_pin > 4 || (desc->flr && !desc->express) ||
+        !vfux_pci_build_bars(pci, desc) || !vfux_pci_build_caps(pci, desc) || !vfux_pci_build_extended(pci, desc))
         return -EINVAL;
     memcpy(pci->initial, pci->config, sizeof(pci->config));
     return 0;
@@ -4614,7 +4680,8 @@ VFU_API uint8_t vfu_pci_capability(const vfu_pci *pci, uint8_t id)
 
 VFU_API uint16_t vfu_pci_extended_capability(const vfu_pci *pci, uint16_t id)
 {
-    uint16_t at = pci->size > VFUX_PCI_FIRST_EXTENDED && vfux_get32(pci->config + VFUX_PCI_FIRST_EXTENDED) ? VFUX_PCI_FIRST_EXTENDED : 0;
+    uint16_t at =
+        pci->size > VFUX_PCI_FIRST_EXTENDED && vfux_get32(pci->config + VFUX_PCI_FIRST_EXTENDED) ? VFUX_PCI_FIRST_EXTENDED : 0;
     while (at && vfux_get16(pci->config + at) != id)
         at = vfux_get16(pci->config + at + 2) >> 4;
     return at;
@@ -4623,19 +4690,19 @@ VFU_API uint16_t vfu_pci_extended_capability(const vfu_pci *pci, uint16_t id)
 /* ==== device ============================================================================================================= */
 
 enum {
-    VFUX_XFER_DEFAULT = 1 << 20,   /* bytes: max_data_xfer_size where nothing is said */
+    VFUX_XFER_DEFAULT = 1 << 20, /* bytes: max_data_xfer_size where nothing is said */
     VFUX_XFER_MAX = 16 << 20,
-    VFUX_DMA_CHUNK = 128 << 10,    /* bytes of one DMA message; QEMU breaks the stream of larger ones */
+    VFUX_DMA_CHUNK = 128 << 10,      /* bytes of one DMA message; QEMU breaks the stream of larger ones */
     VFUX_DMA_READ_AHEAD = 128 << 10, /* bytes asked for and not answered: QEMU cuts replies that its socket does not take */
-    VFUX_DMA_SLOTS = 32,           /* DMA messages under way */
-    VFUX_DMA_TEST = 31,            /* the slot of the test for the layout */
-    VFUX_BUDGET = 64,              /* messages handled by one poll */
-    VFUX_WARNINGS = 100,           /* lines of log that one client can cause */
-    VFUX_AREAS = 64,               /* areas of a region */
+    VFUX_DMA_SLOTS = 32,             /* DMA messages under way */
+    VFUX_DMA_TEST = 31,              /* the slot of the test for the layout */
+    VFUX_BUDGET = 64,                /* messages handled by one poll */
+    VFUX_WARNINGS = 100,             /* lines of log that one client can cause */
+    VFUX_AREAS = 64,                 /* areas of a region */
     VFUX_EXTRA_REGIONS = 64,
     VFUX_MIG_STATES = 8,
     VFUX_GREETING_MS = 10000,
-    VFUX_PAGE = 4096               /* granule of mappings: the pgsizes that VERSION says */
+    VFUX_PAGE = 4096 /* granule of mappings: the pgsizes that VERSION says */
 };
 
 #define VFUX_HUGETLBFS 0x958458f6 /* HUGETLBFS_MAGIC of linux/magic.h */
@@ -4665,7 +4732,7 @@ typedef struct vfux_slot {
     bool held;
     uint32_t test_at; /* held: bytes from iova to where test_len bytes tell the layouts apart */
     uint8_t test_len;
-    bool test_shifted;      /* they are not zero in QEMU10's layout; otherwise they are test_bytes in the specification's */
+    bool test_shifted; /* they are not zero in QEMU10's layout; otherwise they are test_bytes in the specification's */
     uint8_t test_bytes[4];
 } vfux_slot;
 
@@ -4698,7 +4765,7 @@ typedef struct vfux_pending {
     uint64_t ticket; /* 0: there is none */
     bool completed;
     int result;
-    size_t wanted; /* bytes that a read gives */
+    size_t wanted;   /* bytes that a read gives */
     vfu_msg request; /* its header; the views are dead */
     vfux_answer answer;
 } vfux_pending;
@@ -4731,7 +4798,7 @@ struct vfu_dev {
     pthread_cond_t changed; /* a wait is done */
     vfux_pending pending;
     uint64_t last_ticket;
-    vfux_wait *waits; /* not yet taken by the thread that polls */
+    vfux_wait *waits;                     /* not yet taken by the thread that polls */
     uint64_t revoked_first, revoked_last; /* being unmapped: nobody may wait for it any more; nothing if first > last */
 
     vfu_conn *conn; /* NULL: no client */
@@ -4752,13 +4819,13 @@ struct vfu_dev {
 
     vfu_pci pci;
     uint8_t *msix_table;
-    size_t msix_size;                /* bytes */
-    _Atomic uint32_t *msix_pending;  /* the PBA */
-    _Atomic uint8_t *msix_masked;    /* for each vector, with the policy msix_masks */
-    size_t pba_size;                 /* bytes */
+    size_t msix_size;               /* bytes */
+    _Atomic uint32_t *msix_pending; /* the PBA */
+    _Atomic uint8_t *msix_masked;   /* for each vector, with the policy msix_masks */
+    size_t pba_size;                /* bytes */
     vfux_intx intx;
     uint32_t irq_counts[VFU_PCI_NUM_IRQS], irq_first[VFU_PCI_NUM_IRQS], irq_total;
-    _Atomic int *irqs; /* for each interrupt: -1, or its eventfd * 2 + 1 if a write to it could block */
+    _Atomic int *irqs;        /* for each interrupt: -1, or its eventfd * 2 + 1 if a write to it could block */
     _Atomic unsigned raisers; /* threads that may be about to write to an eventfd */
 
     vfu_dma *dmas; /* under way, the oldest first */
@@ -4792,7 +4859,7 @@ static void vfux_warn(vfu_dev *dev, const char *format, ...)
              dev->warnings++ == VFUX_WARNINGS ? " (and this client's further warnings are left away)" : "");
 }
 
-/* ---- the guard: accesses to memory that its owner can take away ------------------------------------------------------------- */
+/* ---- the guard: accesses to memory that its owner can take away --------------------------------------------------------- */
 
 static _Thread_local sigjmp_buf *vfux_guard_env;
 static _Thread_local const void *vfux_guard_bad;
@@ -4841,7 +4908,7 @@ static int vfux_guard(void *ctx, void (*body)(void *arg), void *arg, const void 
     return 0;
 }
 
-/* ---- the client's memory ---------------------------------------------------------------------------------------------------- */
+/* ---- the client's memory ------------------------------------------------------------------------------------------------ */
 
 static void vfux_wake(vfu_dev *dev)
 {
@@ -4975,7 +5042,8 @@ static int vfux_window_map(vfux_window *window, int fd, uint64_t offset, uint64_
     return 0;
 }
 
-static int vfux_window_make(vfu_dev *dev, vfux_window **out, int fd, const struct stat *st, uint64_t offset, uint64_t size, bool write)
+static int vfux_window_make(vfu_dev *dev, vfux_window **out, int fd, const struct stat *st, uint64_t offset, uint64_t size,
+                            bool write)
 {
     int access = fcntl(fd, F_GETFL) & O_ACCMODE;
     if (access == O_WRONLY || (write && access != O_RDWR)) {
@@ -5026,8 +5094,9 @@ static int vfux_window_get(vfu_dev *dev, vfux_window **out, int fd, uint64_t off
         return -EINVAL;
     }
     vfux_window *window = dev->desc.policy.map_exactly ? NULL : dev->windows;
-    while (window && !(window->dev == st.st_dev && window->ino == st.st_ino && (window->writable || !write) &&
-                       offset >= window->offset && offset - window->offset <= window->len && size <= window->len - (offset - window->offset)))
+    while (window &&
+           !(window->dev == st.st_dev && window->ino == st.st_ino && (window->writable || !write) && offset >= window->offset &&
+             offset - window->offset <= window->len && size <= window->len - (offset - window->offset)))
         window = window->next;
     int err = window ? 0 : vfux_window_make(dev, &window, fd, &st, offset, size, write);
     if (!err) {
@@ -5050,7 +5119,7 @@ static void vfux_mapping_removed(void *ctx, const vfu_iommu_mapping *mapping)
         vfux_window_unref(dev, mapping->user);
 }
 
-/* ---- interrupts --------------------------------------------------------------------------------------------------------------- */
+/* ---- interrupts --------------------------------------------------------------------------------------------------------- */
 
 /* Signals an interrupt that is assigned. From the moment the thread counts itself until it stops, the eventfd stays open. */
 static int vfux_irq_signal(vfu_dev *dev, uint32_t i)
@@ -5060,7 +5129,8 @@ static int vfux_irq_signal(vfu_dev *dev, uint32_t i)
     atomic_fetch_add(&dev->raisers, 1);
     int irq = atomic_load(&dev->irqs[i]);
     if (irq >= 0) {
-        /* An eventfd blocks when its counter is at its end, which only the client can have done: then it is signalled already. */
+        /* An eventfd blocks when its counter is at its end, which only the client can have done: then it is signalled
+         * already. */
         struct pollfd ready = {.fd = irq >> 1, .events = POLLOUT};
         if (!(irq & 1) || poll(&ready, 1, 0) > 0)
             while (write(irq >> 1, &one, sizeof(one)) < 0 && errno == EINTR) {
@@ -5094,7 +5164,8 @@ static bool vfux_is_eventfd(int fd)
 static void vfux_intx_update(vfu_dev *dev)
 {
     vfu_pci_set_intx_status(&dev->pci, dev->intx.level);
-    if (!dev->intx.level || dev->intx.masked || vfu_pci_command(&dev->pci) & VFU_PCI_COMMAND_INTX_DISABLE || !dev->irq_counts[VFU_PCI_IRQ_INTX])
+    if (!dev->intx.level || dev->intx.masked || vfu_pci_command(&dev->pci) & VFU_PCI_COMMAND_INTX_DISABLE ||
+        !dev->irq_counts[VFU_PCI_IRQ_INTX])
         return;
     if (vfux_irq_signal(dev, dev->irq_first[VFU_PCI_IRQ_INTX]) == 0)
         dev->intx.masked = true;
@@ -5111,7 +5182,8 @@ static void vfux_intx_check_unmask(vfu_dev *dev)
 {
     uint64_t count;
     struct pollfd ready = {.fd = dev->intx.unmask_fd, .events = POLLIN};
-    if (dev->intx.unmask_fd >= 0 && dev->intx.masked && poll(&ready, 1, 0) > 0 && read(dev->intx.unmask_fd, &count, sizeof(count)) > 0)
+    if (dev->intx.unmask_fd >= 0 && dev->intx.masked && poll(&ready, 1, 0) > 0 &&
+        read(dev->intx.unmask_fd, &count, sizeof(count)) > 0)
         vfux_intx_unmask(dev);
 }
 
@@ -5123,7 +5195,7 @@ static void vfux_irqs_release(vfu_dev *dev)
     dev->intx.masked = false;
 }
 
-/* ---- DMA by message ------------------------------------------------------------------------------------------------------------ */
+/* ---- DMA by message ----------------------------------------------------------------------------------------------------- */
 
 static vfu_conn *vfux_dma_conn(vfu_dev *dev) { return dev->twin ? dev->twin : dev->conn; }
 
@@ -5195,7 +5267,8 @@ static int vfux_slot_send(vfu_dev *dev, vfux_slot *slot)
 static int vfux_dma_send(vfu_dev *dev, vfu_dma *dma, uint64_t iova, uint32_t count)
 {
     vfux_slot *slot = vfux_slot_find_free(dev);
-    if (!slot || dev->dma_held || vfu_conn_is_waiting(vfux_dma_conn(dev)) || (!dma->to_client && dev->dma_reading && dev->dma_reading + count > VFUX_DMA_READ_AHEAD))
+    if (!slot || dev->dma_held || vfu_conn_is_waiting(vfux_dma_conn(dev)) ||
+        (!dma->to_client && dev->dma_reading && dev->dma_reading + count > VFUX_DMA_READ_AHEAD))
         return 1;
     *slot = (vfux_slot){.dma = dma, .iova = iova, .at = (size_t)dma->sent, .count = count};
     slot->cmd = dma->to_client ? VFU_CMD_DMA_WRITE : VFU_CMD_DMA_READ;
@@ -5223,7 +5296,8 @@ static int vfux_dma_advance(vfu_dev *dev, vfu_dma *dma)
             if (err > 0)
                 return err;
         } else {
-            err = dma->to_client ? vfu_iommu_write(dev->reader, iova, buf, (size_t)part) : vfu_iommu_read(dev->reader, iova, buf, (size_t)part);
+            err = dma->to_client ? vfu_iommu_write(dev->reader, iova, buf, (size_t)part)
+                                 : vfu_iommu_read(dev->reader, iova, buf, (size_t)part);
             if (err)
                 dma->fault = vfu_iommu_last_fault(dev->reader)->iova;
             else
@@ -5238,14 +5312,14 @@ static int vfux_dma_advance(vfu_dev *dev, vfu_dma *dma)
 
 /*
  * QEMU 10.1 and 10.2 lay out DMA messages in another way (vfu_dma_layout). Most replies to DMA_READ tell which way it is. Until
- * one has, what can't be told is held: a read whose reply makes sense in both ways, and a write that was answered but may have been
- * taken for shifted data. For the first of them a few bytes are read that differ between the two ways:
+ * one has, what can't be told is held: a read whose reply makes sense in both ways, and a write that was answered but may
+ * have been taken for shifted data. For the first of them a few bytes are read that differ between the two ways:
  *
  *     by the book:     D0 D1 .. Dk .. Dn     is what a reply says, or what was written; Dk is the first word that isn't zero
  *     by QEMU 10:      0  D0 .. Dk-1 Dk ..   is then in the client's memory
  *
- * so a read of the word behind Dk finds Dk in QEMU 10's layout, where the book has the upper half of the count: zero. Where no word
- * is behind Dk, Dk itself is read again: by the book it comes back.
+ * so a read of the word behind Dk finds Dk in QEMU 10's layout, where the book has the upper half of the count: zero. Where
+ * no word is behind Dk, Dk itself is read again: by the book it comes back.
  */
 static void vfux_slot_hold(vfu_dev *dev, vfux_slot *slot, const uint8_t *data)
 {
@@ -5335,7 +5409,8 @@ static void vfux_dma_pump(vfu_dev *dev)
     }
 }
 
-/* A mapping is gone: transfers that have a part in it end. They are only marked: `done` may not be called in the midst of an unmap. */
+/* A mapping is gone: transfers that have a part in it end. They are only marked: `done` may not be called in the midst of an
+ * unmap. */
 static void vfux_dma_unmapped(vfu_dev *dev, const vfu_iommu_mapping *mapping)
 {
     for (vfu_dma *dma = dev->dmas; dma; dma = dma->next) {
@@ -5440,7 +5515,8 @@ static void vfux_dma_replied(vfu_dev *dev, const vfu_msg *reply, int decoded)
     if (err) {
         dma->fault = iova;
         vfux_warn(dev, "%s of %u bytes at 0x%llx failed: the reply is not good: %s (%s)", vfu_cmd_name(reply->cmd), count,
-                  (unsigned long long)iova, why, vfu_msg_is_error(reply) ? vfu_errno_name((int)(reply->error & 0xffff)) : "no error given");
+                  (unsigned long long)iova, why,
+                  vfu_msg_is_error(reply) ? vfu_errno_name((int)(reply->error & 0xffff)) : "no error given");
         vfux_dma_finish(dev, dma, err);
         return;
     }
@@ -5456,8 +5532,8 @@ static void vfux_dma_replied_ambiguous(vfu_dev *dev, const vfu_msg *by_the_book)
 {
     vfux_slot *slot = &dev->slots[by_the_book->id % VFUX_DMA_SLOTS];
     const char *why;
-    if (slot != &dev->slots[VFUX_DMA_TEST] && slot->dma && !slot->held && slot->id == by_the_book->id && slot->cmd == by_the_book->cmd &&
-        vfux_dma_check(slot, by_the_book, &why) == 0)
+    if (slot != &dev->slots[VFUX_DMA_TEST] && slot->dma && !slot->held && slot->id == by_the_book->id &&
+        slot->cmd == by_the_book->cmd && vfux_dma_check(slot, by_the_book, &why) == 0)
         vfux_slot_hold(dev, slot, by_the_book->u.dma.data);
     else
         vfux_dma_replied(dev, by_the_book, 0);
@@ -5503,12 +5579,12 @@ VFU_API void vfu_dev_dma_cancel(vfu_dev *dev, vfu_dma *dma)
         vfux_dma_unlink(dev, dma);
 }
 
-/* ---- replies --------------------------------------------------------------------------------------------------------------------- */
+/* ---- replies ------------------------------------------------------------------------------------------------------------ */
 
 /* What a request is handled with. Returns 0, VFU_PENDING, or the negative errno of the error reply. */
 typedef int vfux_handler(vfu_dev *dev, const vfu_msg *request, vfux_answer *answer);
 
-/* ---- VERSION --------------------------------------------------------------------------------------------------------------------- */
+/* ---- VERSION ------------------------------------------------------------------------------------------------------------ */
 
 /* Makes the second socket: our end is dev->twin, the client's end travels with the reply. */
 static int vfux_twin_create(vfu_dev *dev, int *theirs)
@@ -5525,7 +5601,8 @@ static int vfux_twin_create(vfu_dev *dev, int *theirs)
     return err;
 }
 
-/* Specification, "VFIO_USER_VERSION". The reply stays below 200 bytes: QEMU's request has no more, and it takes no larger reply. */
+/* Specification, "VFIO_USER_VERSION". The reply stays below 200 bytes: QEMU's request has no more, and it takes no larger
+ * reply. */
 static int vfux_on_version(vfu_dev *dev, const vfu_msg *request, vfux_answer *answer)
 {
     vfu_caps own;
@@ -5578,14 +5655,15 @@ static int vfux_on_version(vfu_dev *dev, const vfu_msg *request, vfux_answer *an
     return 0;
 }
 
-/* ---- DMA_MAP, DMA_UNMAP ------------------------------------------------------------------------------------------------------------- */
+/* ---- DMA_MAP, DMA_UNMAP ------------------------------------------------------------------------------------------------- */
 
 static int vfux_on_dma_map(vfu_dev *dev, const vfu_msg *request, vfux_answer *answer)
 {
     vfu_iommu_mapping mapping = {
         .iova = request->u.dma_map.address,
         .size = request->u.dma_map.size,
-        .prot = (request->u.dma_map.flags & VFU_DMA_READABLE ? VFU_IOMMU_READ : 0) | (request->u.dma_map.flags & VFU_DMA_WRITEABLE ? VFU_IOMMU_WRITE : 0),
+        .prot = (request->u.dma_map.flags & VFU_DMA_READABLE ? VFU_IOMMU_READ : 0) |
+                (request->u.dma_map.flags & VFU_DMA_WRITEABLE ? VFU_IOMMU_WRITE : 0),
     };
     uint64_t offset = request->u.dma_map.offset;
     (void)answer;
@@ -5657,7 +5735,7 @@ static int vfux_on_dma_unmap(vfu_dev *dev, const vfu_msg *request, vfux_answer *
     return 0;
 }
 
-/* ---- GET_INFO, GET_REGION_INFO, GET_IRQ_INFO ---------------------------------------------------------------------------------------------- */
+/* ---- GET_INFO, GET_REGION_INFO, GET_IRQ_INFO ---------------------------------------------------------------------------- */
 
 static int vfux_on_device_info(vfu_dev *dev, const vfu_msg *request, vfux_answer *answer)
 {
@@ -5694,19 +5772,20 @@ static int vfux_on_region_info(vfu_dev *dev, const vfu_msg *request, vfux_answer
     if (!region->area_count && !region->typed)
         return 0;
     vfu_wire_cap_type type = {.type = region->type, .subtype = region->subtype};
-    int err = vfu_msg_set_region_caps(&answer->msg, argsz, region->typed ? &type : NULL, region->areas, region->area_count, dev->data,
-                                      dev->data_size);
+    int err = vfu_msg_set_region_caps(&answer->msg, argsz, region->typed ? &type : NULL, region->areas, region->area_count,
+                                      dev->data, dev->data_size);
     if (answer->msg.u.region_info.truncated)
         answer->fd_count = 0; /* the client asks again */
     return err;
 }
 
-/* Each sub-region has an entry of its own; descriptors that several name travel once. The specification's formula for the distance of
- * the entries counts the header twice: they follow each other directly, as other servers send them. */
+/* Each sub-region has an entry of its own; descriptors that several name travel once. The specification's formula for the
+ * distance of the entries counts the header twice: they follow each other directly, as other servers send them. */
 static int vfux_on_region_io_fds(vfu_dev *dev, const vfu_msg *request, vfux_answer *answer)
 {
     uint32_t index = request->u.region_io_fds.index, argsz = request->u.region_io_fds.argsz, count = 0;
-    if (argsz < sizeof(vfu_wire_region_io_fds) || index >= dev->region_count || request->u.region_io_fds.flags || request->u.region_io_fds.count) {
+    if (argsz < sizeof(vfu_wire_region_io_fds) || index >= dev->region_count || request->u.region_io_fds.flags ||
+        request->u.region_io_fds.count) {
         dev->why = index >= dev->region_count ? "no such region" : "argsz is too small, or flags or count are not 0";
         return -EINVAL;
     }
@@ -5719,7 +5798,8 @@ static int vfux_on_region_io_fds(vfu_dev *dev, const vfu_msg *request, vfux_answ
             at++;
         if (at == answer->fd_count)
             answer->fds[answer->fd_count++] = io->fd; /* no region has more than fit: checked at creation */
-        vfu_wire_sub_region entry = {.offset = io->offset, .size = io->size, .fd_index = at, .type = io->type, .flags = io->flags, .data = io->data};
+        vfu_wire_sub_region entry = {
+            .offset = io->offset, .size = io->size, .fd_index = at, .type = io->type, .flags = io->flags, .data = io->data};
         memcpy(dev->data + count++ * sizeof(entry), &entry, sizeof(entry));
     }
     uint32_t len = count * (uint32_t)sizeof(vfu_wire_sub_region);
@@ -5745,11 +5825,12 @@ static int vfux_on_irq_info(vfu_dev *dev, const vfu_msg *request, vfux_answer *a
     answer->msg.u.irq_info.argsz = sizeof(vfu_wire_irq_info);
     answer->msg.u.irq_info.index = index;
     answer->msg.u.irq_info.count = dev->irq_counts[index];
-    answer->msg.u.irq_info.flags = VFU_IRQ_INFO_EVENTFD | (index == VFU_PCI_IRQ_INTX ? VFU_IRQ_INFO_MASKABLE | VFU_IRQ_INFO_AUTOMASKED : 0);
+    answer->msg.u.irq_info.flags =
+        VFU_IRQ_INFO_EVENTFD | (index == VFU_PCI_IRQ_INTX ? VFU_IRQ_INFO_MASKABLE | VFU_IRQ_INFO_AUTOMASKED : 0);
     return 0;
 }
 
-/* ---- SET_IRQS ---------------------------------------------------------------------------------------------------------------------------------- */
+/* ---- SET_IRQS ----------------------------------------------------------------------------------------------------------- */
 
 /* Descriptors for [start, start + count): as many as interrupts, or none, which de-assigns exactly these. */
 static int vfux_irqs_assign(vfu_dev *dev, uint32_t index, uint32_t start, uint32_t count)
@@ -5833,7 +5914,7 @@ static int vfux_on_set_irqs(vfu_dev *dev, const vfu_msg *request, vfux_answer *a
     return 0;
 }
 
-/* ---- REGION_READ, REGION_WRITE, REGION_WRITE_MULTI, DEVICE_RESET ----------------------------------------------------------------------------- */
+/* ---- REGION_READ, REGION_WRITE, REGION_WRITE_MULTI, DEVICE_RESET -------------------------------------------------------- */
 
 static void vfux_msix_reset(vfu_dev *dev);
 
@@ -5857,10 +5938,10 @@ static int vfux_on_reset(vfu_dev *dev, const vfu_msg *request, vfux_answer *answ
     return 0;
 }
 
-/* ---- the MSI-X table -------------------------------------------------------------------------------------------------------------------------- */
+/* ---- the MSI-X table ---------------------------------------------------------------------------------------------------- */
 
-/* With the policy msix_masks: a vector that is masked when it is raised sets its pending bit, and whoever unmasks it signals it. Both
- * sides write before they look at what the other has written, so one of them sees both. */
+/* With the policy msix_masks: a vector that is masked when it is raised sets its pending bit, and whoever unmasks it signals
+ * it. Both sides write before they look at what the other has written, so one of them sees both. */
 static int vfux_msix_raise(vfu_dev *dev, uint32_t vector)
 {
     uint32_t bit = UINT32_C(1) << vector % 32;
@@ -5885,7 +5966,8 @@ static void vfux_msix_update(vfu_dev *dev)
     }
 }
 
-/* Zero, as a client that virtualises the table expects of storage; masked, as the PCI specification has it, where the masks count. */
+/* Zero, as a client that virtualises the table expects of storage; masked, as the PCI specification has it, where the masks
+ * count. */
 static void vfux_msix_reset(vfu_dev *dev)
 {
     if (!dev->msix_size)
@@ -5917,7 +5999,8 @@ static int vfux_config_write(vfu_dev *dev, uint32_t offset, const uint8_t *data,
     return 0;
 }
 
-/* The part of [offset, offset + len) that lies in the table or PBA at [at, at + size): where it starts in the access, and its length. */
+/* The part of [offset, offset + len) that lies in the table or PBA at [at, at + size): where it starts in the access, and
+ * its length. */
 static uint32_t vfux_overlap(uint64_t offset, uint32_t len, uint64_t at, uint64_t size, uint32_t *skip)
 {
     uint64_t first = vfux_max(offset, at), end = vfux_min(offset + len, at + size);
@@ -5992,7 +6075,8 @@ static int vfux_on_region_write(vfu_dev *dev, const vfu_msg *request, vfux_answe
     answer->msg.u.region.offset = request->u.region.offset;
     answer->msg.u.region.region = request->u.region.region;
     answer->msg.u.region.count = request->u.region.count;
-    return vfux_region_write(dev, request->u.region.region, request->u.region.offset, request->u.region.data, request->u.region.count);
+    return vfux_region_write(dev, request->u.region.region, request->u.region.offset, request->u.region.data,
+                             request->u.region.count);
 }
 
 static int vfux_on_region_read(vfu_dev *dev, const vfu_msg *request, vfux_answer *answer)
@@ -6049,20 +6133,19 @@ static int vfux_on_write_multi(vfu_dev *dev, const vfu_msg *request, vfux_answer
     return vfux_write_multi(dev, answer);
 }
 
-/* ---- DEVICE_FEATURE, MIG_DATA_READ, MIG_DATA_WRITE ----------------------------------------------------------------------------------------------- */
+/* ---- DEVICE_FEATURE, MIG_DATA_READ, MIG_DATA_WRITE ---------------------------------------------------------------------- */
 
-/* The next state on the shortest way from one state to another that has no saving state (PRE_COPY, STOP_COPY) in between; 0: none. */
+/* The next state on the shortest way from one state to another that has no saving state (PRE_COPY, STOP_COPY) in between; 0:
+ * none. */
 static vfu_mig_state vfux_mig_next(const vfu_dev *dev, vfu_mig_state from, vfu_mig_state to)
 {
     enum { ERR = VFU_MIG_STATE_ERROR, STOP = VFU_MIG_STATE_STOP, RUN = VFU_MIG_STATE_RUNNING, COPY = VFU_MIG_STATE_STOP_COPY };
     enum { LOAD = VFU_MIG_STATE_RESUMING, PRE = VFU_MIG_STATE_PRE_COPY };
     static const uint8_t next[VFUX_MIG_STATES][VFUX_MIG_STATES] = {
         /* to:    ERROR STOP  RUNNING STOP_COPY RESUMING -  PRE_COPY - */
-        [STOP] = {ERR, STOP, RUN,  COPY, LOAD, ERR, RUN,  ERR},
-        [RUN]  = {ERR, STOP, RUN,  STOP, STOP, ERR, PRE,  ERR},
-        [COPY] = {ERR, STOP, STOP, COPY, STOP, ERR, ERR,  ERR},
-        [LOAD] = {ERR, STOP, STOP, STOP, LOAD, ERR, STOP, ERR},
-        [PRE]  = {ERR, RUN,  RUN,  COPY, RUN,  ERR, PRE,  ERR},
+        [STOP] = {ERR, STOP, RUN, COPY, LOAD, ERR, RUN, ERR},  [RUN] = {ERR, STOP, RUN, STOP, STOP, ERR, PRE, ERR},
+        [COPY] = {ERR, STOP, STOP, COPY, STOP, ERR, ERR, ERR}, [LOAD] = {ERR, STOP, STOP, STOP, LOAD, ERR, STOP, ERR},
+        [PRE] = {ERR, RUN, RUN, COPY, RUN, ERR, PRE, ERR},
     };
     if ((unsigned)to >= VFUX_MIG_STATES || (to == VFU_MIG_STATE_PRE_COPY && !dev->desc.migration.pre_copy))
         return VFU_MIG_STATE_ERROR;
@@ -6182,7 +6265,8 @@ static int vfux_feature_fetch(vfu_dev *dev, const vfu_msg *request, vfux_answer 
 
 static int vfux_on_feature(vfu_dev *dev, const vfu_msg *request, vfux_answer *answer)
 {
-    uint32_t flags = request->u.feature.flags, index = flags & VFU_FEATURE_INDEX_MASK, asked = flags & (VFU_FEATURE_GET | VFU_FEATURE_SET);
+    uint32_t flags = request->u.feature.flags, index = flags & VFU_FEATURE_INDEX_MASK,
+             asked = flags & (VFU_FEATURE_GET | VFU_FEATURE_SET);
     uint32_t methods = vfux_feature_methods(dev, index);
     dev->why = "no such feature";
     if (!methods)
@@ -6220,8 +6304,8 @@ static int vfux_on_mig_read(vfu_dev *dev, const vfu_msg *request, vfux_answer *a
     uint32_t size = request->u.mig_data.size;
     bool saving = dev->mig_state == VFU_MIG_STATE_PRE_COPY || dev->mig_state == VFU_MIG_STATE_STOP_COPY;
     dev->why = !saving ? "no state is being saved" : "size is more than argsz or max_data_xfer_size";
-    if (!saving || !dev->desc.migration.read || size > dev->desc.max_data_xfer_size || request->u.mig_data.argsz < sizeof(vfu_wire_mig_data) ||
-        size > request->u.mig_data.argsz - sizeof(vfu_wire_mig_data))
+    if (!saving || !dev->desc.migration.read || size > dev->desc.max_data_xfer_size ||
+        request->u.mig_data.argsz < sizeof(vfu_wire_mig_data) || size > request->u.mig_data.argsz - sizeof(vfu_wire_mig_data))
         return -EINVAL;
     int64_t got = size ? dev->desc.migration.read(dev->desc.ctx, dev->data, size) : 0;
     dev->why = "the device refused it";
@@ -6238,10 +6322,12 @@ static int vfux_on_mig_write(vfu_dev *dev, const vfu_msg *request, vfux_answer *
 {
     (void)answer;
     dev->why = dev->mig_state != VFU_MIG_STATE_RESUMING ? "no state is being restored" : "more than max_data_xfer_size";
-    if (dev->mig_state != VFU_MIG_STATE_RESUMING || !dev->desc.migration.write || request->u.mig_data.size > dev->desc.max_data_xfer_size)
+    if (dev->mig_state != VFU_MIG_STATE_RESUMING || !dev->desc.migration.write ||
+        request->u.mig_data.size > dev->desc.max_data_xfer_size)
         return -EINVAL;
     dev->why = "the device refused it";
-    return request->u.mig_data.size ? dev->desc.migration.write(dev->desc.ctx, request->u.mig_data.data, request->u.mig_data.size) : 0;
+    return request->u.mig_data.size ? dev->desc.migration.write(dev->desc.ctx, request->u.mig_data.data, request->u.mig_data.size)
+                                    : 0;
 }
 
 static bool vfux_is_running(const vfu_dev *dev)
@@ -6249,7 +6335,7 @@ static bool vfux_is_running(const vfu_dev *dev)
     return dev->mig_state == VFU_MIG_STATE_RUNNING || dev->mig_state == VFU_MIG_STATE_PRE_COPY;
 }
 
-/* ---- answers that come later ----------------------------------------------------------------------------------------------------------------------- */
+/* ---- answers that come later -------------------------------------------------------------------------------------------- */
 
 VFU_API uint64_t vfu_dev_ticket(vfu_dev *dev)
 {
@@ -6302,10 +6388,7 @@ static bool vfux_pending_keep(vfu_dev *dev, const vfu_msg *request, const vfux_a
     return keep;
 }
 
-static bool vfux_is_pending(vfu_dev *dev)
-{
-    return dev->pending.ticket != 0; /* only the thread that polls sets and clears it */
-}
+static bool vfux_is_pending(vfu_dev *dev) { return dev->pending.ticket != 0; /* only the thread that polls sets and clears it */ }
 
 static void vfux_pending_drop(vfu_dev *dev)
 {
@@ -6353,7 +6436,7 @@ static int vfux_pending_finish(vfu_dev *dev)
     return vfux_dev_answer(dev, &request, &answer, err);
 }
 
-/* ---- dispatch ------------------------------------------------------------------------------------------------------------------------------------ */
+/* ---- dispatch ----------------------------------------------------------------------------------------------------------- */
 
 static vfux_handler *vfux_handler_of(uint16_t cmd)
 {
@@ -6411,7 +6494,9 @@ static int vfux_dev_command(vfu_dev *dev, const vfu_msg *request, int decoded)
     bool first = !dev->greeted;
     dev->reading = 0;
     vfu_msg_init_reply(&answer.msg, request, 0);
-    dev->why = decoded == -ENOSYS ? "no such command" : decoded ? "its payload is too short, too long or contradicts itself" : NULL;
+    dev->why = decoded == -ENOSYS ? "no such command"
+               : decoded          ? "its payload is too short, too long or contradicts itself"
+                                  : NULL;
     int err = decoded;
     if (!err && first && request->cmd != VFU_CMD_VERSION) {
         dev->why = "VERSION has to come first";
@@ -6456,7 +6541,7 @@ static int vfux_dev_message(vfu_dev *dev, const vfu_conn *conn)
     return 0;
 }
 
-/* ---- life cycle ------------------------------------------------------------------------------------------------------------------------------------ */
+/* ---- life cycle --------------------------------------------------------------------------------------------------------- */
 
 static void vfux_wait_disconnect(vfu_dev *dev, vfux_wait *wait)
 {
@@ -6975,13 +7060,16 @@ static int vfux_client_command(vfu_client *client, const vfu_msg *command, int d
     vfu_msg_init_reply(&reply, command, 0);
     int err = decoded ? decoded : vfux_client_access(client, command, &reply);
     if (err) {
-        vfux_say(&client->desc.logger, VFU_LEVEL_INFO, "%s of the device is refused: %s", vfu_cmd_name(command->cmd), vfu_errno_name(err));
+        vfux_say(&client->desc.logger, VFU_LEVEL_INFO, "%s of the device is refused: %s", vfu_cmd_name(command->cmd),
+                 vfu_errno_name(err));
         vfu_msg_init_reply(&reply, command, err);
     }
     if (!vfu_msg_wants_reply(command))
         return 0;
     err = vfux_conn_send_msg(client->conn, &reply, NULL, 0);
-    return err == -EAGAIN ? vfux_client_break(client, -EPROTO, "it asks and doesn't take the answers") : err ? vfux_client_break(client, err, "") : 0;
+    return err == -EAGAIN ? vfux_client_break(client, -EPROTO, "it asks and doesn't take the answers")
+           : err          ? vfux_client_break(client, err, "")
+                          : 0;
 }
 
 /* Takes the next message that is there; commands are answered at once. 1: *msg is a reply; 0: nothing complete is there. */
@@ -7010,7 +7098,8 @@ static int vfux_client_left_ms(uint64_t until)
     return until == UINT64_MAX ? -1 : now >= until ? 0 : (int)(until - now);
 }
 
-/* Sends what waits and receives what comes, or waits for either. 1: wake_fd is readable; 0; -ETIMEDOUT; or the connection is broken. */
+/* Sends what waits and receives what comes, or waits for either. 1: wake_fd is readable; 0; -ETIMEDOUT; or the connection is
+ * broken. */
 static int vfux_client_wait(vfu_client *client, int wake_fd, uint64_t until)
 {
     bool waiting = vfu_conn_is_waiting(client->conn);
@@ -7031,8 +7120,8 @@ static int vfux_client_wait(vfu_client *client, int wake_fd, uint64_t until)
     return fds[1].revents != 0;
 }
 
-VFU_API int vfu_client_call(vfu_client *client, vfu_msg *request, const int *fds, unsigned fd_count, vfu_msg *reply, int *received,
-                            unsigned max_received)
+VFU_API int vfu_client_call(vfu_client *client, vfu_msg *request, const int *fds, unsigned fd_count, vfu_msg *reply,
+                            int *received, unsigned max_received)
 {
     int decoded, got;
     for (unsigned i = 0; i < max_received; i++)
@@ -7046,13 +7135,18 @@ VFU_API int vfu_client_call(vfu_client *client, vfu_msg *request, const int *fds
     if (err == -EINVAL || err == -EMSGSIZE)
         return -EINVAL; /* the caller's message */
     if (err)
-        return vfux_client_break(client, err == -EAGAIN ? -EPROTO : err == -ECONNRESET ? -EPIPE : err, "it takes no more requests");
+        return vfux_client_break(client,
+                                 err == -EAGAIN       ? -EPROTO
+                                 : err == -ECONNRESET ? -EPIPE
+                                                      : err,
+                                 "it takes no more requests");
     while ((got = vfux_client_next(client, reply, &decoded)) != 1 || reply->id != request->id) {
         if (got < 0)
             return got;
         if (got) /* late: its request has timed out, or there was none */
             return vfux_client_break(client, -EPROTO, "a reply to nothing that was asked");
-        err = vfux_now_ms() < until ? vfux_client_wait(client, -1, until) : -ETIMEDOUT; /* a server that only asks is late as well */
+        err = vfux_now_ms() < until ? vfux_client_wait(client, -1, until)
+                                    : -ETIMEDOUT; /* a server that only asks is late as well */
         if (err == -ETIMEDOUT)
             return vfux_client_break(client, err, "no reply in time");
         if (err < 0)
@@ -7075,7 +7169,8 @@ static int vfux_client_greet(vfu_client *client)
     vfu_caps own;
     vfu_msg request, reply;
     vfu_caps_defaults(&own);
-    own.present = VFU_CAPS_MAX_MSG_FDS | VFU_CAPS_MAX_DATA_XFER_SIZE | VFU_CAPS_MAX_DMA_MAPS | VFU_CAPS_PGSIZES | VFU_CAPS_WRITE_MULTIPLE;
+    own.present =
+        VFU_CAPS_MAX_MSG_FDS | VFU_CAPS_MAX_DATA_XFER_SIZE | VFU_CAPS_MAX_DMA_MAPS | VFU_CAPS_PGSIZES | VFU_CAPS_WRITE_MULTIPLE;
     own.max_msg_fds = VFU_FDS_MAX;
     own.max_data_xfer_size = client->desc.max_data_xfer_size;
     own.max_dma_maps = client->desc.max_dma_maps;
@@ -7088,7 +7183,8 @@ static int vfux_client_greet(vfu_client *client)
     if (err)
         return err;
     if (reply.u.version.major != 0 || reply.u.version.minor != 0 ||
-        vfu_caps_parse(reply.u.version.json, reply.u.version.json_len, &client->server) != 0 || !client->server.max_data_xfer_size)
+        vfu_caps_parse(reply.u.version.json, reply.u.version.json_len, &client->server) != 0 ||
+        !client->server.max_data_xfer_size)
         return vfux_client_break(client, -EPROTO, "its VERSION reply is of no use");
     client->server_xfer = (uint32_t)vfux_min(client->server.max_data_xfer_size, client->desc.max_data_xfer_size);
     return 0;
@@ -7244,8 +7340,8 @@ VFU_API int vfu_client_region_info(vfu_client *client, uint32_t index, vfu_clien
 }
 
 /* One REGION_READ or REGION_WRITE. */
-static int vfux_client_access_region(vfu_client *client, uint16_t cmd, uint32_t region, uint64_t offset, uint8_t *in, const uint8_t *out,
-                                     uint32_t count)
+static int vfux_client_access_region(vfu_client *client, uint16_t cmd, uint32_t region, uint64_t offset, uint8_t *in,
+                                     const uint8_t *out, uint32_t count)
 {
     vfu_msg request, reply;
     vfu_msg_init(&request, 0, cmd);
@@ -7269,7 +7365,8 @@ VFU_API int vfu_client_region_read(vfu_client *client, uint32_t region, uint64_t
     int err = 0;
     for (size_t done = 0, part; done < len && !err; done += part) {
         part = (size_t)vfux_min(len - done, client->server_xfer);
-        err = vfux_client_access_region(client, VFU_CMD_REGION_READ, region, offset + done, (uint8_t *)buf + done, NULL, (uint32_t)part);
+        err = vfux_client_access_region(client, VFU_CMD_REGION_READ, region, offset + done, (uint8_t *)buf + done, NULL,
+                                        (uint32_t)part);
     }
     return err;
 }
@@ -7279,12 +7376,14 @@ VFU_API int vfu_client_region_write(vfu_client *client, uint32_t region, uint64_
     int err = 0;
     for (size_t done = 0, part; done < len && !err; done += part) {
         part = (size_t)vfux_min(len - done, client->server_xfer);
-        err = vfux_client_access_region(client, VFU_CMD_REGION_WRITE, region, offset + done, NULL, (const uint8_t *)buf + done, (uint32_t)part);
+        err = vfux_client_access_region(client, VFU_CMD_REGION_WRITE, region, offset + done, NULL, (const uint8_t *)buf + done,
+                                        (uint32_t)part);
     }
     return err;
 }
 
-VFU_API int vfu_client_dma_map(vfu_client *client, uint64_t iova, uint64_t size, uint32_t prot, void *host, int fd, uint64_t offset)
+VFU_API int vfu_client_dma_map(vfu_client *client, uint64_t iova, uint64_t size, uint32_t prot, void *host, int fd,
+                               uint64_t offset)
 {
     vfu_msg request, reply;
     vfu_iommu_mapping mapping = {.iova = iova, .size = size, .prot = prot, .host = host};
@@ -7383,7 +7482,8 @@ VFU_API int vfu_client_serve(vfu_client *client, int wake_fd, int timeout_ms)
  * modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit persons to whom the
  * Software is furnished to do so, subject to the following conditions:
  *
- * The above copyright notice and this permission notice shall be included in all copies or substantial portions of the Software.
+ * The above copyright notice and this permission notice shall be included in all copies or substantial portions of the
+ * Software.
  *
  * THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE
  * WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR

@@ -5,7 +5,8 @@
  * WHAT IT IS
  *
  * A device model that runs in a process of its own is told by its client which ranges of I/O virtual addresses (IOVAs) it may
- * access, and is told again when a range is taken away. This header keeps that table and is the only way to the memory behind it:
+ * access, and is told again when a range is taken away. This header keeps that table and is the only way to the memory
+ * behind it:
  *
  *     When vfu_iommu_unmap() has returned success, no access to the range is in flight and none can begin, on any thread,
  *     whichever way it came: read, write, copy, fill, load, store, or a segment handed out under a pin.
@@ -57,7 +58,8 @@
  *
  * RETURNS
  *
- * 0 or a count, or a negative errno; errno is never touched. A function that fails has changed nothing unless it says otherwise.
+ * 0 or a count, or a negative errno; errno is never touched. A function that fails has changed nothing unless it says
+ * otherwise.
  *
  *     -EINVAL   an argument is wrong: empty or wrapping range, not a multiple of the granule, a mapping would be split
  *     -ENOENT   no mapping there                    -EACCES   mapped, but without the permission
@@ -173,7 +175,7 @@ extern "C" {
 /* ==== types ============================================================================================================== */
 
 /* Permissions of a mapping, and what an access needs: DMA reads from memory, DMA writes to memory. */
-#define VFU_IOMMU_READ 1u
+#define VFU_IOMMU_READ  1u
 #define VFU_IOMMU_WRITE 2u
 
 /* Mapping flag: the memory behind `host` can disappear (a file that somebody can truncate). Every access goes through the
@@ -238,7 +240,7 @@ typedef struct vfu_iommu_stuck {
 
 /* How to make a table. Zero means the default that stands at the field. */
 typedef struct vfu_iommu_desc {
-    uint32_t max_mappings;  /* 0: 65535; at most 2^31 - 1. 72 to 80 bytes each, taken from the system when first used */
+    uint32_t max_mappings;  /* 0: 65535; at most 2^31 - 1. 72 to 80 bytes each (52 on 32-bit machines), taken from the system when first used */
     uint32_t max_readers;   /* 0: 16; at most 4096 */
     uint32_t cache_entries; /* 0: 1024; 4 bytes each per reader, a power of two, at most 2^20 */
     uint64_t granule;       /* 0: 1. Addresses and sizes of mappings and unmaps are multiples of this power of two */
@@ -327,8 +329,8 @@ VFU_API int vfu_iommu_fill(vfu_iommu_reader *reader, uint64_t iova, uint64_t len
 
 /* One access of 1, 2, 4 or 8 bytes, naturally aligned, that no other thread sees in part; for rings and doorbells. The value
  * is in the host's byte order. order: VFU_IOMMU_RELAXED, or ACQUIRE for load and RELEASE for store. Memory behind callbacks is
- * reached in one call of its callback. -EINVAL: width, alignment or order; -ENOTSUP: 8 bytes where the machine can't, or bytes of
- * more than one mapping. */
+ * reached in one call of its callback. -EINVAL: width, alignment or order; -ENOTSUP: 8 bytes where the machine can't, or
+ * bytes of more than one mapping. */
 VFU_API int vfu_iommu_load(vfu_iommu_reader *reader, uint64_t iova, unsigned width, int order, uint64_t *value);
 VFU_API int vfu_iommu_store(vfu_iommu_reader *reader, uint64_t iova, unsigned width, int order, uint64_t value);
 
@@ -459,16 +461,16 @@ VFU_API int vfu_iommu_check(vfu_iommu *iommu);
 /* ---- types -------------------------------------------------------------------------------------------------------------- */
 
 enum {
-    VFUX_LINE = 64,         /* bytes of a cache line */
-    VFUX_DEPTH = 48,        /* an AVL tree of 2^32 nodes is at most 46 high */
-    VFUX_HAZARDS = 2,       /* a copy is at work on two mappings */
-    VFUX_FAULTS = 64,       /* the fault log */
-    VFUX_BOUNCE = 4096,     /* bytes on the stack for a copy that callbacks take part in */
-    VFUX_PATTERN = 512,     /* a pattern, repeated */
-    VFUX_LEAF_SHIFT = 9,    /* a leaf of the dirty log has 2^9 pages */
+    VFUX_LINE = 64,      /* bytes of a cache line */
+    VFUX_DEPTH = 48,     /* an AVL tree of 2^32 nodes is at most 46 high */
+    VFUX_HAZARDS = 2,    /* a copy is at work on two mappings */
+    VFUX_FAULTS = 64,    /* the fault log */
+    VFUX_BOUNCE = __STDC_HOSTED__ ? 4096 : 256, /* bytes on the stack for a copy that callbacks take part in */
+    VFUX_PATTERN = 512,  /* a pattern, repeated */
+    VFUX_LEAF_SHIFT = 9, /* a leaf of the dirty log has 2^9 pages */
     VFUX_LEAF_WORDS = 16,
-    VFUX_PAGE_SHIFT = 12,   /* addresses of one such page share a hint */
-    VFUX_HINTS_MIN = 1024   /* shared hints, when there are any */
+    VFUX_PAGE_SHIFT = 12, /* addresses of one such page share a hint */
+    VFUX_HINTS_MIN = 1024 /* shared hints, when there are any */
 };
 
 /* An address of a node, which readers look at while it may change. On 32-bit machines, few of which have an atomic access of 64
@@ -561,9 +563,9 @@ typedef struct vfux_log {
 
 struct vfu_iommu {
     _Atomic uint32_t root;
-    uint32_t free_list;  /* nodes that were used before */
-    uint32_t fresh;      /* the first node that was never used; memory above is untouched */
-    uint32_t node_count; /* including node 0, which stands for none and is never live */
+    uint32_t free_list;          /* nodes that were used before */
+    uint32_t fresh;              /* the first node that was never used; memory above is untouched */
+    uint32_t node_count;         /* including node 0, which stands for none and is never live */
     _Atomic uint32_t hint_count; /* a power of two, or 0; entries of `hints` in use */
     uint32_t hint_max;
     _Atomic uint32_t *hints; /* node indices, by hash of the address, for all readers; like their caches, only hints */
@@ -643,7 +645,7 @@ static bool vfux_is_live(vfux_node *n) { return atomic_load(&n->state) & 1; }
 /* Does [iova, iova + len) end at or before 2^64, and is it not empty? */
 static bool vfux_is_range(uint64_t iova, uint64_t len) { return len && len - 1 <= UINT64_MAX - iova; }
 
-/* ---- the tree: AVL, disjoint mappings in the order of their addresses; the caller has the lock ---------------------------- */
+/* ---- the tree: AVL, disjoint mappings in the order of their addresses; the caller has the lock -------------------------- */
 
 static unsigned vfux_height(vfu_iommu *t, uint32_t i) { return i ? t->nodes[i].height : 0; }
 
@@ -807,7 +809,7 @@ static void vfux_describe(vfux_node *n, vfu_iommu_mapping *out)
     };
 }
 
-/* ---- waiting for readers; the caller has the lock -------------------------------------------------------------------------- */
+/* ---- waiting for readers; the caller has the lock ----------------------------------------------------------------------- */
 
 /* U2 of HOW IT WORKS, for every dead node at once. Returns whether there was anything to wait for. */
 static bool vfux_wait_for_dead(vfu_iommu *t)
@@ -1246,10 +1248,7 @@ static bool vfux_publish(vfu_iommu_reader *r, unsigned slot, uint32_t i, uint64_
 }
 
 /* R4. */
-static void vfux_let(vfu_iommu_reader *r, unsigned slot)
-{
-    atomic_store_explicit(&r->hazard[slot], 0, memory_order_release);
-}
+static void vfux_let(vfu_iommu_reader *r, unsigned slot) { atomic_store_explicit(&r->hazard[slot], 0, memory_order_release); }
 
 /* Counts for the statistics: only the reader's thread writes. */
 static void vfux_count(atomic_ulong *counter)
@@ -1401,8 +1400,8 @@ static char *vfux_host(vfux_node *n, uint64_t iova) { return (char *)n->base + (
 
 static void vfux_touch_body(void *arg) { (void)*(const volatile char *)arg; }
 
-/* The first address of [iova, iova + len), which is guarded memory at host, that is gone; `bad` is one that could not be touched,
- * NULL if the guard could not say. memmove() may have begun at the end, so the pages below are tried. */
+/* The first address of [iova, iova + len), which is guarded memory at host, that is gone; `bad` is one that could not be
+ * touched, NULL if the guard could not say. memmove() may have begun at the end, so the pages below are tried. */
 static uint64_t vfux_locate(vfu_iommu *t, uint64_t iova, char *host, size_t len, const void *bad)
 {
     uintptr_t offset = bad ? (uintptr_t)bad - (uintptr_t)host : len - 1;
@@ -1950,10 +1949,7 @@ static void vfux_leaves_free(vfu_iommu *t, vfux_log *log, vfux_leaves *leaves)
     vfux_release(&t->desc, (void *)leaves, size);
 }
 
-static bool vfux_log_is_full(vfu_iommu *t, const vfux_log *log, uint64_t more)
-{
-    return log->bytes + more > t->desc.dirty_limit;
-}
+static bool vfux_log_is_full(vfu_iommu *t, const vfux_log *log, uint64_t more) { return log->bytes + more > t->desc.dirty_limit; }
 
 static bool vfux_leaf_is_clean(vfux_leaf *leaf)
 {
@@ -1963,8 +1959,8 @@ static bool vfux_leaf_is_clean(vfux_leaf *leaf)
     return !any;
 }
 
-/* Moves the leaves to a table of `slots`. Leaves that are clean and that neither a mapping reaches nor `keep` are dropped: nobody
- * can be writing to them. The old table is freed when no writer can be searching it. */
+/* Moves the leaves to a table of `slots`. Leaves that are clean and that neither a mapping reaches nor `keep` are dropped:
+ * nobody can be writing to them. The old table is freed when no writer can be searching it. */
 static int vfux_leaves_rebuild(vfu_iommu *t, vfux_log *log, size_t slots, const vfux_span *keep)
 {
     vfux_leaves *old = atomic_load(&log->leaves), *leaves = vfux_leaves_make(t, log, slots);
@@ -2042,8 +2038,8 @@ static int vfux_log_cover(vfu_iommu *t, vfux_log *log, uint64_t first, uint64_t 
     return err;
 }
 
-/* Sets the bits of the pages of [first, last] that are in this leaf. Release: whoever fetches a bit sees the bytes that it stands
- * for. */
+/* Sets the bits of the pages of [first, last] that are in this leaf. Release: whoever fetches a bit sees the bytes that it
+ * stands for. */
 static void vfux_leaf_mark(const vfux_log *log, vfux_leaf *leaf, uint64_t first, uint64_t last)
 {
     uint64_t low = leaf->key << VFUX_LEAF_SHIFT, high = low | ((1u << VFUX_LEAF_SHIFT) - 1);
@@ -2359,7 +2355,8 @@ VFU_API int vfu_iommu_check(vfu_iommu *t)
  * modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit persons to whom the
  * Software is furnished to do so, subject to the following conditions:
  *
- * The above copyright notice and this permission notice shall be included in all copies or substantial portions of the Software.
+ * The above copyright notice and this permission notice shall be included in all copies or substantial portions of the
+ * Software.
  *
  * THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE
  * WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR

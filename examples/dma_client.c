@@ -16,14 +16,22 @@
 
 enum { PAGE = 4096, MEMORY = 1 << 20, BUSY = 1, DONE = 2, FAILED = 3 };
 enum { COPY = 1, FILL = 2, SUM = 3, TO_RAM = 4, FROM_RAM = 5 };
-enum { REG_MAGIC = 0x00, REG_SRC = 0x08, REG_DST = 0x10, REG_LEN = 0x18, REG_PATTERN = 0x20, REG_REPEAT = 0x28, REG_NOTIFY = 0x2c };
+enum {
+    REG_MAGIC = 0x00,
+    REG_SRC = 0x08,
+    REG_DST = 0x10,
+    REG_LEN = 0x18,
+    REG_PATTERN = 0x20,
+    REG_REPEAT = 0x28,
+    REG_NOTIFY = 0x2c
+};
 enum { REG_COMMAND = 0x30, REG_STATUS = 0x34, REG_ERROR = 0x38, REG_FAULT = 0x40, REG_RESULT = 0x48, REG_COMPLETED = 0x50 };
 
 /* The client's memory, as the device sees it. The file has pages 0 to 255; these are in no other place. */
-#define RW_AT UINT64_C(0x100000)       /* 64 pages, file pages 0 to 63, readable and writable */
-#define NEXT_AT UINT64_C(0x140000)     /* 64 more behind them, from another place in the file: pages 128 to 191 */
-#define RO_AT UINT64_C(0x800000)       /* 16 pages, 200 to 215, readable */
-#define TOP_AT UINT64_C(0xfffffffffffff000) /* the last page of the address space: page 220 */
+#define RW_AT      UINT64_C(0x100000)           /* 64 pages, file pages 0 to 63, readable and writable */
+#define NEXT_AT    UINT64_C(0x140000)           /* 64 more behind them, from another place in the file: pages 128 to 191 */
+#define RO_AT      UINT64_C(0x800000)           /* 16 pages, 200 to 215, readable */
+#define TOP_AT     UINT64_C(0xfffffffffffff000) /* the last page of the address space: page 220 */
 #define NOWHERE_AT UINT64_C(0x40000000)
 
 typedef struct session {
@@ -34,7 +42,7 @@ typedef struct session {
     unsigned checks;
 } session;
 
-/* ---- telling --------------------------------------------------------------------------------------------------------------------- */
+/* ---- telling ------------------------------------------------------------------------------------------------------------ */
 
 static void title(const char *text) { printf("\n%s\n", text); }
 
@@ -61,7 +69,7 @@ static void need(int err, const char *what)
     exit(1);
 }
 
-/* ---- registers -------------------------------------------------------------------------------------------------------------------- */
+/* ---- registers ---------------------------------------------------------------------------------------------------------- */
 
 static uint64_t get(session *s, uint64_t offset, size_t width)
 {
@@ -82,7 +90,8 @@ static void set64(session *s, uint64_t offset, uint64_t value)
     need(vfu_client_region_write(s->client, VFU_PCI_REGION_BAR0, offset, &value, 8), "writing a register");
 }
 
-/* Runs a command to its end and returns its errno. The device's DMA messages, if it sends any, are served while its status is read. */
+/* Runs a command to its end and returns its errno. The device's DMA messages, if it sends any, are served while its status
+ * is read. */
 static int run(session *s, uint32_t command, uint64_t dst, uint64_t src, uint64_t len)
 {
     set64(s, REG_SRC, src);
@@ -94,11 +103,12 @@ static int run(session *s, uint32_t command, uint64_t dst, uint64_t src, uint64_
     return (int)get(s, REG_ERROR, 4);
 }
 
-/* ---- memory ------------------------------------------------------------------------------------------------------------------------ */
+/* ---- memory ------------------------------------------------------------------------------------------------------------- */
 
 static void map(session *s, uint64_t iova, unsigned page, unsigned pages, uint32_t prot)
 {
-    need(vfu_client_dma_map(s->client, iova, (uint64_t)pages * PAGE, prot, s->memory + (size_t)page * PAGE, s->fd, (uint64_t)page * PAGE),
+    need(vfu_client_dma_map(s->client, iova, (uint64_t)pages * PAGE, prot, s->memory + (size_t)page * PAGE, s->fd,
+                            (uint64_t)page * PAGE),
          "DMA_MAP");
 }
 
@@ -118,7 +128,7 @@ static void scramble(session *s)
 /* Is every byte of the file as `before` says? */
 static bool untouched(session *s) { return memcmp(s->before, s->memory, MEMORY) == 0; }
 
-/* ---- what it looks like -------------------------------------------------------------------------------------------------------------- */
+/* ---- what it looks like ------------------------------------------------------------------------------------------------- */
 
 static void look(session *s)
 {
@@ -129,13 +139,14 @@ static void look(session *s)
     title("The device");
     need(vfu_client_info(s->client, &info), "GET_INFO");
     need(vfu_client_region_read(s->client, VFU_PCI_REGION_CONFIG, 0, config, sizeof(config)), "reading the configuration space");
-    printf("  %02x%02x:%02x%02x, class %02x%02x%02x, revision %u\n", config[1], config[0], config[3], config[2], config[11], config[10],
-           config[9], config[8]);
+    printf("  %02x%02x:%02x%02x, class %02x%02x%02x, revision %u\n", config[1], config[0], config[3], config[2], config[11],
+           config[10], config[9], config[8]);
     for (uint32_t i = 0; i < info.num_regions && i < 9; i++) {
         vfu_client_region region;
         need(vfu_client_region_info(s->client, i, &region), "GET_REGION_INFO");
         if (region.size)
-            printf("  %-14s %6llu bytes%s\n", names[i], (unsigned long long)region.size, region.fd >= 0 ? ", a part can be mapped" : "");
+            printf("  %-14s %6llu bytes%s\n", names[i], (unsigned long long)region.size,
+                   region.fd >= 0 ? ", a part can be mapped" : "");
         if (region.fd >= 0)
             close(region.fd);
     }
@@ -145,7 +156,8 @@ static void look(session *s)
         if (irq.count)
             printf("  %-14s %6u interrupt%s\n", irqs[i], irq.count, irq.count > 1 ? "s" : "");
     }
-    report(s, config[0] == 0x34 && config[1] == 0x12 && config[2] == 0xa1 && config[3] == 0xd3, "vendor and device are the engine's");
+    report(s, config[0] == 0x34 && config[1] == 0x12 && config[2] == 0xa1 && config[3] == 0xd3,
+           "vendor and device are the engine's");
     report(s, get(s, REG_MAGIC, 4) == 0x31414D44, "MAGIC reads DMA1");
 }
 
@@ -155,7 +167,8 @@ static void look_at_ram(session *s)
     vfu_client_region region;
     char text[16] = {0};
     need(vfu_client_region_info(s->client, VFU_PCI_REGION_BAR2, &region), "GET_REGION_INFO");
-    report(s, region.fd >= 0 && region.area_count == 1, "device RAM can be mapped from 0x%llx on", (unsigned long long)region.areas[0].offset);
+    report(s, region.fd >= 0 && region.area_count == 1, "device RAM can be mapped from 0x%llx on",
+           (unsigned long long)region.areas[0].offset);
     if (region.fd < 0)
         return;
     char *ram = mmap(NULL, (size_t)region.areas[0].size, PROT_READ | PROT_WRITE, MAP_SHARED, region.fd,
@@ -168,7 +181,7 @@ static void look_at_ram(session *s)
     close(region.fd);
 }
 
-/* ---- what it can do -------------------------------------------------------------------------------------------------------------------- */
+/* ---- what it can do ----------------------------------------------------------------------------------------------------- */
 
 static void try_copy(session *s, const char *what, uint64_t dst, uint64_t src, uint64_t len)
 {
@@ -231,9 +244,10 @@ static void commands(session *s)
     report(s, !error && get(s, REG_COMPLETED, 8) == completed + 1000, "a command repeated a thousand times");
 }
 
-/* ---- what it must not do ----------------------------------------------------------------------------------------------------------------- */
+/* ---- what it must not do ------------------------------------------------------------------------------------------------ */
 
-static void try_refused(session *s, const char *what, uint32_t command, uint64_t dst, uint64_t src, uint64_t len, int error, uint64_t fault)
+static void try_refused(session *s, const char *what, uint32_t command, uint64_t dst, uint64_t src, uint64_t len, int error,
+                        uint64_t fault)
 {
     scramble(s);
     int got = run(s, command, dst, src, len);
@@ -269,7 +283,7 @@ static void refusals(session *s)
     try_copy(s, "after mapping it again", RW_AT, NEXT_AT + 1, 4096);
 }
 
-/* ---- interrupts ---------------------------------------------------------------------------------------------------------------------------- */
+/* ---- interrupts --------------------------------------------------------------------------------------------------------- */
 
 /* Finds a capability in the configuration space. */
 static uint8_t find_capability(session *s, uint8_t id)
@@ -331,7 +345,8 @@ static void reset(session *s)
     need(vfu_client_reset(s->client), "DEVICE_RESET");
     need(vfu_client_region_read(s->client, VFU_PCI_REGION_BAR2, 0x800, ram, sizeof(ram)), "reading device RAM");
     static const uint8_t zero[16];
-    report(s, get(s, REG_LEN, 8) == 0 && get(s, REG_COMPLETED, 8) == 0 && !memcmp(ram, zero, 16), "registers and device RAM are zero");
+    report(s, get(s, REG_LEN, 8) == 0 && get(s, REG_COMPLETED, 8) == 0 && !memcmp(ram, zero, 16),
+           "registers and device RAM are zero");
     try_copy(s, "the mappings are still there", RW_AT + 0x20000, RW_AT, 4096);
 }
 

@@ -7,9 +7,10 @@
  *
  * It shows a whole device: registers, device RAM that the client maps, DMA through the IOMMU, DMA by message, INTx and MSI-X.
  *
- * A command travels through this file from top to bottom: a write to COMMAND starts it (registers), `work` does it, one repetition
- * at a time, after that write was answered (work), `finish` tells the driver. Memory that is mapped here is reached through the
- * IOMMU at once; memory that only messages reach is moved in chunks, and `chunk_done` goes on when a reply has come.
+ * A command travels through this file from top to bottom: a write to COMMAND starts it (registers), `work` does it, one
+ * repetition at a time, after that write was answered (work), `finish` tells the driver. Memory that is mapped here is
+ * reached through the IOMMU at once; memory that only messages reach is moved in chunks, and `chunk_done` goes on when a
+ * reply has come.
  */
 #define VFU_IMPLEMENTATION
 #include "vfu.h"
@@ -25,21 +26,21 @@ enum status { IDLE = 0, BUSY = 1, DONE = 2, FAILED = 3 };
 
 /* The registers, in the layout that the client sees. */
 typedef struct registers {
-    uint32_t magic;      /* 0x00 */
-    uint32_t version;    /* 0x04 */
-    uint64_t src;        /* 0x08 IOVA, or an offset in device RAM */
-    uint64_t dst;        /* 0x10 likewise */
-    uint64_t len;        /* 0x18 bytes */
-    uint64_t pattern;    /* 0x20 what FILL repeats */
-    uint32_t repeat;     /* 0x28 how often, 0 counts as 1 */
-    uint32_t notify;     /* 0x2c 0: no interrupt; 1 + v: vector v */
-    uint32_t command;    /* 0x30 write-only */
-    uint32_t status;     /* 0x34 */
-    uint32_t error;      /* 0x38 errno of the first failure */
-    uint32_t reserved;   /* 0x3c */
-    uint64_t fault;      /* 0x40 first IOVA that could not be accessed */
-    uint64_t result;     /* 0x48 of SUM */
-    uint64_t completed;  /* 0x50 repetitions done */
+    uint32_t magic;     /* 0x00 */
+    uint32_t version;   /* 0x04 */
+    uint64_t src;       /* 0x08 IOVA, or an offset in device RAM */
+    uint64_t dst;       /* 0x10 likewise */
+    uint64_t len;       /* 0x18 bytes */
+    uint64_t pattern;   /* 0x20 what FILL repeats */
+    uint32_t repeat;    /* 0x28 how often, 0 counts as 1 */
+    uint32_t notify;    /* 0x2c 0: no interrupt; 1 + v: vector v */
+    uint32_t command;   /* 0x30 write-only */
+    uint32_t status;    /* 0x34 */
+    uint32_t error;     /* 0x38 errno of the first failure */
+    uint32_t reserved;  /* 0x3c */
+    uint64_t fault;     /* 0x40 first IOVA that could not be accessed */
+    uint64_t result;    /* 0x48 of SUM */
+    uint64_t completed; /* 0x50 repetitions done */
 } registers;
 
 typedef struct engine {
@@ -63,7 +64,7 @@ typedef struct engine {
     uint8_t *copied; /* RAM_SIZE bytes: device RAM as it was saved while the device ran */
 } engine;
 
-/* ---- finishing ------------------------------------------------------------------------------------------------------------------ */
+/* ---- finishing ---------------------------------------------------------------------------------------------------------- */
 
 static void set_intx(engine *e, bool level)
 {
@@ -117,7 +118,7 @@ static void round_done(engine *e)
     }
 }
 
-/* ---- by message, chunk by chunk ----------------------------------------------------------------------------------------------------- */
+/* ---- by message, chunk by chunk ----------------------------------------------------------------------------------------- */
 
 static void next_chunk(engine *e);
 
@@ -183,7 +184,7 @@ static void next_chunk(engine *e)
     move_chunk(e);
 }
 
-/* ---- work ---------------------------------------------------------------------------------------------------------------------------- */
+/* ---- work --------------------------------------------------------------------------------------------------------------- */
 
 static bool reads_memory(uint32_t command) { return command == COPY || command == SUM || command == TO_RAM; }
 static bool writes_memory(uint32_t command) { return command == COPY || command == FILL || command == FROM_RAM; }
@@ -195,15 +196,16 @@ static bool is_valid(const registers *r)
 {
     return r->command >= COPY && r->command <= FROM_RAM && r->len && r->len <= LEN_MAX &&
            (!reads_memory(r->command) || r->len - 1 <= UINT64_MAX - r->src) &&
-           (!writes_memory(r->command) || r->len - 1 <= UINT64_MAX - r->dst) && (r->command != TO_RAM || in_ram(r->dst, r->len)) &&
-           (r->command != FROM_RAM || in_ram(r->src, r->len));
+           (!writes_memory(r->command) || r->len - 1 <= UINT64_MAX - r->dst) &&
+           (r->command != TO_RAM || in_ram(r->dst, r->len)) && (r->command != FROM_RAM || in_ram(r->src, r->len));
 }
 
 /* Does any byte of the range, all of which is mapped, need messages? */
 static bool needs_messages(engine *e, uint64_t iova, uint64_t len)
 {
     vfu_iommu_mapping mapping;
-    for (uint64_t last = iova + (len - 1); vfu_iommu_next(vfu_dev_iommu(e->dev), iova, &mapping); iova = mapping.iova + mapping.size) {
+    for (uint64_t last = iova + (len - 1); vfu_iommu_next(vfu_dev_iommu(e->dev), iova, &mapping);
+         iova = mapping.iova + mapping.size) {
         if (mapping.io)
             return true;
         if (mapping.iova + (mapping.size - 1) >= last)
@@ -280,7 +282,7 @@ static bool work(void *ctx)
     return false;
 }
 
-/* ---- registers -------------------------------------------------------------------------------------------------------------------------- */
+/* ---- registers ---------------------------------------------------------------------------------------------------------- */
 
 static void start(engine *e, uint32_t command)
 {
@@ -344,7 +346,7 @@ static int region_write(void *ctx, uint32_t region, uint64_t offset, const void 
     return 0;
 }
 
-/* ---- reset -------------------------------------------------------------------------------------------------------------------------------- */
+/* ---- reset -------------------------------------------------------------------------------------------------------------- */
 
 static void stop(engine *e)
 {
@@ -367,10 +369,10 @@ static void reset(void *ctx, vfu_reset_kind kind)
 
 static void disconnected(void *ctx) { stop(ctx); }
 
-/* ---- migration ------------------------------------------------------------------------------------------------------------------------------
+/* ---- migration ------------------------------------------------------------------------------------------------------------
  *
- * The stream is records: pages of device RAM, some of them twice, and at its end the registers. While the device still runs all pages
- * are saved; when it has stopped, those that have changed since. */
+ * The stream is records: pages of device RAM, some of them twice, and at its end the registers. While the device still runs
+ * all pages are saved; when it has stopped, those that have changed since. */
 
 enum { RECORD_PAGE = 0x45474150, RECORD_REGISTERS = 0x53474552 };
 enum { PAGES = RAM_SIZE / PAGE, STREAM_MAX = 2 * PAGES * (PAGE + 8) + 4096 };
@@ -421,8 +423,8 @@ static int restore(engine *e)
     if (e->stream_len - at != sizeof(last))
         return -EINVAL;
     memcpy(&last, e->stream + at, sizeof(last));
-    if (last.record != RECORD_REGISTERS || last.regs.magic != MAGIC || last.regs.version != VERSION || last.regs.status > FAILED ||
-        (last.regs.status == BUSY) != (last.rounds_left > 0))
+    if (last.record != RECORD_REGISTERS || last.regs.magic != MAGIC || last.regs.version != VERSION ||
+        last.regs.status > FAILED || (last.regs.status == BUSY) != (last.rounds_left > 0))
         return -EINVAL;
     memcpy(e->ram, e->copied, RAM_SIZE);
     e->regs = last.regs;
@@ -472,7 +474,7 @@ static int migration_write(void *ctx, const void *buf, size_t len)
     return 0;
 }
 
-/* ---- the program -------------------------------------------------------------------------------------------------------------------------- */
+/* ---- the program -------------------------------------------------------------------------------------------------------- */
 
 static vfu_dev *the_device;
 static volatile sig_atomic_t asked_for_table, asked_to_end;
@@ -610,7 +612,11 @@ int main(int argc, char **argv)
             },
         .share = {[BAR_RAM] = &share},
         .ctx = &e,
-        .callbacks = {.region_read = region_read, .region_write = region_write, .reset = reset, .disconnected = disconnected, .work = work},
+        .callbacks = {.region_read = region_read,
+                      .region_write = region_write,
+                      .reset = reset,
+                      .disconnected = disconnected,
+                      .work = work},
         .migration = {.pre_copy = true, .change = change, .read = migration_read, .write = migration_write},
         .policy = {.no_mmap = no_mmap},
         .logger = {.level = verbose ? VFU_LEVEL_TRACE : VFU_LEVEL_WARNING},

@@ -54,13 +54,13 @@ static void bad(void)
     static uint8_t data[PAGE];
     uint64_t value;
     memset(memory, 0x5a, MEMORY_SIZE);
-    refused(vfu_iommu_write(reader, RW_AT - 1, data, 2), NOT_MAPPED, RW_AT - 1, "the byte before a mapping");
-    refused(vfu_iommu_read(reader, RO_AT + PAGE - 1, data, 2), NOT_MAPPED, RO_AT + PAGE, "the byte behind a mapping");
-    refused(vfu_iommu_write(reader, RO_AT - 1, data, 2), FORBIDDEN, RO_AT, "a write that runs into read-only memory");
-    refused(vfu_iommu_fill(reader, TOP_AT + PAGE - 1, 2, "\0", 1), WRONG, TOP_AT + PAGE - 1, "a range that wraps past 2^64");
-    refused(vfu_iommu_copy(reader, RO_AT, RW_AT, 8), FORBIDDEN, RO_AT, "a copy to read-only memory");
-    refused(vfu_iommu_store(reader, RW_AT + 2, 4, VFU_IOMMU_RELAXED, 0), WRONG, RW_AT + 2, "a store that isn't aligned");
-    refused(vfu_iommu_load(reader, RW_AT, 8, VFU_IOMMU_RELAXED, &value), IMPOSSIBLE, RW_AT, "8 bytes at once on a Cortex-M3");
+    refused(vfu_iommu_write(reader, RW_AT - 1, data, 2), -ENOENT, RW_AT - 1, "the byte before a mapping");
+    refused(vfu_iommu_read(reader, RO_AT + PAGE - 1, data, 2), -ENOENT, RO_AT + PAGE, "the byte behind a mapping");
+    refused(vfu_iommu_write(reader, RO_AT - 1, data, 2), -EACCES, RO_AT, "a write that runs into read-only memory");
+    refused(vfu_iommu_fill(reader, TOP_AT + PAGE - 1, 2, "\0", 1), -EINVAL, TOP_AT + PAGE - 1, "a range that wraps past 2^64");
+    refused(vfu_iommu_copy(reader, RO_AT, RW_AT, 8), -EACCES, RO_AT, "a copy to read-only memory");
+    refused(vfu_iommu_store(reader, RW_AT + 2, 4, VFU_IOMMU_RELAXED, 0), -EINVAL, RW_AT + 2, "a store that isn't aligned");
+    refused(vfu_iommu_load(reader, RW_AT, 8, VFU_IOMMU_RELAXED, &value), -ENOTSUP, RW_AT, "8 bytes at once on a Cortex-M3");
 }
 
 /* An unmap can't wait here, where there is one thread: it fails while a pin is held. */
@@ -71,10 +71,10 @@ static void pins(void)
     check(vfu_iommu_pin_take(reader, &pin, RO_AT - 16, 48, VFU_IOMMU_READ, part, 2) == 2, "a pin over two mappings");
     check(part[0].host == memory + PAGE - 16 && part[0].len == 16, "its first segment");
     check(part[1].host == memory + PAGE && part[1].len == 32, "its second segment");
-    check(vfu_iommu_unmap(iommu, RO_AT, PAGE) == HELD, "an unmap of what is pinned");
+    check(vfu_iommu_unmap(iommu, RO_AT, PAGE) == -EBUSY, "an unmap of what is pinned");
     vfu_iommu_pin_drop(iommu, &pin);
     check(vfu_iommu_unmap(iommu, RO_AT, PAGE) == 1, "an unmap when the pin is dropped");
-    refused(vfu_iommu_pin_take(reader, &pin, RO_AT - 16, 48, VFU_IOMMU_READ, part, 2), NOT_MAPPED, RO_AT, "a pin on it");
+    refused(vfu_iommu_pin_take(reader, &pin, RO_AT - 16, 48, VFU_IOMMU_READ, part, 2), -ENOENT, RO_AT, "a pin on it");
 }
 
 void direct(void)
@@ -84,7 +84,7 @@ void direct(void)
     good();
     bad();
     pins();
-    check(vfu_iommu_dirty_start(iommu, PAGE, NULL, 0) == NO_MEMORY, "a dirty log, which wants an allocator");
+    check(vfu_iommu_dirty_start(iommu, PAGE, NULL, 0) == -ENOMEM, "a dirty log, which wants an allocator");
     check(vfu_iommu_unmap_all(iommu) == 2, "an unmap of everything");
-    refused(vfu_iommu_read(reader, RW_AT, &(uint8_t){0}, 1), NOT_MAPPED, RW_AT, "revoked memory");
+    refused(vfu_iommu_read(reader, RW_AT, &(uint8_t){0}, 1), -ENOENT, RW_AT, "revoked memory");
 }

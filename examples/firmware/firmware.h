@@ -17,9 +17,6 @@ extern uint8_t memory[MEMORY_SIZE]; /* stands for the guest's memory */
 extern vfu_iommu *iommu;
 extern vfu_iommu_reader *reader;
 
-/* What the headers return: Linux's errno values, negative, whatever the processor. */
-enum { NOT_MAPPED = -2, TOO_BIG = -7, NO_MEMORY = -12, FORBIDDEN = -13, HELD = -16, WRONG = -22, IMPOSSIBLE = -95 };
-
 bool check(bool good, const char *what); /* counts, tells what is wrong, and returns good */
 void print_refused(void);                /* the latest fault */
 void print_hex(const char *before, uint64_t value);

@@ -231,7 +231,7 @@ static void play(void)
     request.u.dma_unmap.argsz = sizeof(vfu_wire_dma_unmap);
     request.u.dma_unmap.flags = VFU_DMA_UNMAP_ALL;
     need(vfu_client_call(client, &request, NULL, 0, &reply, NULL, 0) == 0, "an unmap of everything");
-    need(vfu_iommu_unmap_all(vfu_client_iommu(client)) == 5, "and here");
+    need(vfu_iommu_unmap_all(vfu_client_iommu(client)) == 5, "an unmap of everything in its own table");
     ring(4);
 }
 

@@ -32,7 +32,7 @@ static int map(const vfu_msg *m)
     mapping.size = m->u.dma_map.size;
     mapping.prot = m->u.dma_map.flags; /* the same bits */
     if (m->u.dma_map.offset > MEMORY_SIZE || mapping.size > MEMORY_SIZE - m->u.dma_map.offset)
-        return WRONG;
+        return -EINVAL;
     mapping.host = memory + m->u.dma_map.offset;
     return vfu_iommu_map(iommu, &mapping);
 }
@@ -50,7 +50,7 @@ static int dma(const vfu_msg *m, vfu_msg *reply)
     static uint8_t data[DATA_MAX];
     uint64_t iova = m->u.dma.address, count = m->u.dma.count;
     if (count > DATA_MAX)
-        return TOO_BIG;
+        return -E2BIG;
     reply->u.dma.address = iova;
     reply->u.dma.count = count;
     if (m->cmd == VFU_CMD_DMA_WRITE) {
@@ -105,7 +105,7 @@ static void command(const vfu_msg *m)
           "an answer that doesn't decode to what it was made of");
 }
 
-static void reply(const vfu_msg *m, const uint8_t *bytes, size_t len)
+static void compare(const vfu_msg *m, const uint8_t *bytes, size_t len)
 {
     struct answer *answer = &answers[is_dma(m)];
     if (answer->len)
@@ -140,7 +140,7 @@ void replay(void)
         if (m.cmd == VFU_CMD_VERSION)
             check_version(&m);
         if (vfu_msg_is_reply(&m))
-            reply(&m, bytes, size);
+            compare(&m, bytes, size);
         else
             command(&m);
     }
