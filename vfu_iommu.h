@@ -240,7 +240,7 @@ typedef struct vfu_iommu_stuck {
 
 /* How to make a table. Zero means the default that stands at the field. */
 typedef struct vfu_iommu_desc {
-    uint32_t max_mappings;  /* 0: 65535; at most 2^31 - 1. 72 to 80 bytes each (52 on 32-bit machines), taken from the system when first used */
+    uint32_t max_mappings;  /* 0: 65535; at most 2^31 - 1. 72 to 80 bytes each, taken from the system when first used */
     uint32_t max_readers;   /* 0: 16; at most 4096 */
     uint32_t cache_entries; /* 0: 1024; 4 bytes each per reader, a power of two, at most 2^20 */
     uint64_t granule;       /* 0: 1. Addresses and sizes of mappings and unmaps are multiples of this power of two */
