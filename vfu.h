@@ -6865,7 +6865,7 @@ static int vfux_dev_create_iommu(vfu_dev *dev)
         .guard = vfux_guard,
     };
     int err = vfu_iommu_create(&dev->iommu, &desc);
-    return err ? err : vfu_iommu_reader_open(dev->iommu, &dev->reader);
+    return err ? err : vfu_iommu_reader_open_local(dev->iommu, &dev->reader); /* all unmaps are this thread's */
 }
 
 VFU_API int vfu_dev_create(vfu_dev **out, const vfu_dev_desc *desc)
@@ -7215,7 +7215,7 @@ VFU_API int vfu_client_attach(vfu_client **out, int fd, const vfu_client_desc *g
     if (!err)
         err = vfu_iommu_create(&client->iommu, &iommu);
     if (!err)
-        err = vfu_iommu_reader_open(client->iommu, &client->reader);
+        err = vfu_iommu_reader_open_local(client->iommu, &client->reader);
     if (!err && !(client->data = vfux_allocate(&desc.alloc, desc.max_data_xfer_size)))
         err = -ENOMEM;
     if (!err)

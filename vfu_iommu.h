@@ -103,6 +103,8 @@
  * permission. A hint that finds nothing is not believed either: a miss is looked up again under the lock before it becomes a
  * fault.
  *
+ * A local reader skips R1 and R4: U1 to U3 are the same thread's, so none of them comes between R2 and the end of R3.
+ *
  * Lock order: there is one lock, and it is never taken while a hazard is published, so an unmap may wait for hazards under it.
  * Hazards are held for at most VFU_IOMMU_PIECE bytes of copying. Whatever takes longer (callbacks, pins) counts itself in the
  * node instead, and an unmap waits for these counts without the lock.
@@ -280,6 +282,11 @@ VFU_API void vfu_iommu_destroy(vfu_iommu *iommu);
 
 /* Opens a reader for one thread. 0; -ENOSPC: max_readers are open. */
 VFU_API int vfu_iommu_reader_open(vfu_iommu *iommu, vfu_iommu_reader **out);
+
+/* The same for the thread that does all unmaps and starts and stops the dirty log, if it is just one: it can't unmap in the midst
+ * of its own access, so its accesses announce nothing and save a memory fence (6 to 8 ns on some machines, less than 1 on others).
+ * Other threads may have plain readers and map, but must not unmap, start or stop the log, or destroy. */
+VFU_API int vfu_iommu_reader_open_local(vfu_iommu *iommu, vfu_iommu_reader **out);
 
 /* Closes it. Pins that were taken with it stay. NULL is fine. */
 VFU_API void vfu_iommu_reader_close(vfu_iommu_reader *reader);
@@ -533,6 +540,7 @@ struct vfu_iommu_reader {
     vfu_iommu *iommu;
     vfu_iommu_fault fault;
     atomic_ulong walks, faults;
+    bool local; /* of the thread that unmaps: announces no hazards */
     bool open;
 };
 
@@ -993,7 +1001,7 @@ VFU_API void vfu_iommu_destroy(vfu_iommu *t)
     }
 }
 
-VFU_API int vfu_iommu_reader_open(vfu_iommu *t, vfu_iommu_reader **out)
+static int vfux_reader_open(vfu_iommu *t, vfu_iommu_reader **out, bool local)
 {
     int err = -ENOSPC;
     *out = NULL;
@@ -1003,6 +1011,7 @@ VFU_API int vfu_iommu_reader_open(vfu_iommu *t, vfu_iommu_reader **out)
         if (reader->open)
             continue;
         reader->open = true;
+        reader->local = local;
         reader->fault = (vfu_iommu_fault){0};
         if (t->reader_count <= r)
             t->reader_count = r + 1;
@@ -1012,6 +1021,9 @@ VFU_API int vfu_iommu_reader_open(vfu_iommu *t, vfu_iommu_reader **out)
     vfux_unlock(t);
     return err;
 }
+
+VFU_API int vfu_iommu_reader_open(vfu_iommu *t, vfu_iommu_reader **out) { return vfux_reader_open(t, out, false); }
+VFU_API int vfu_iommu_reader_open_local(vfu_iommu *t, vfu_iommu_reader **out) { return vfux_reader_open(t, out, true); }
 
 VFU_API void vfu_iommu_reader_close(vfu_iommu_reader *r)
 {
@@ -1240,6 +1252,8 @@ static void vfux_log_mark(vfux_log *log, uint64_t first, uint64_t last);
 static bool vfux_publish(vfu_iommu_reader *r, unsigned slot, uint32_t i, uint64_t iova)
 {
     vfux_node *n = &r->nodes[i];
+    if (r->local)
+        return vfux_is_live(n) && vfux_covers(n, iova);
     atomic_store(&r->hazard[slot], i);
     if (vfux_is_live(n) && vfux_covers(n, iova))
         return true;
