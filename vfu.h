@@ -1253,8 +1253,9 @@ typedef struct vfu_extra_region {
  *     no_mmap             never map a client's memory, every DMA is a message: for a device that isn't to be trusted
  *     map_exactly         map just the pages of each DMA_MAP, and unmap them with it, instead of each file once: a stray pointer
  *                         of the device meets nothing that is not mapped now. Costs an mmap() and a munmap() per mapping
- *     complete_accesses   region accesses that fail read all ones or are ignored, and are never answered with an error: Cloud
- *                         Hypervisor's client waits for ever for the rest of an error reply
+ *     complete_accesses   region accesses that fail read all ones or are ignored, and are not answered with an error (but for
+ *                         those above max_data_xfer_size): Cloud Hypervisor's client waits for ever for the rest of an error
+ *                         reply
  *     msix_masks          the MSI-X table's masks and the function mask hold interrupts back, and the PBA shows them: for
  *                         simulators. QEMU and other clients of VFIO keep the table to themselves, and what they write must
  *                         have no effect
@@ -1303,10 +1304,10 @@ VFU_API int vfu_dev_listen(vfu_dev *dev, const char *path);
 VFU_API int vfu_dev_attach(vfu_dev *dev, int fd);
 
 /*
- * Loops. Either `run`, until vfu_dev_stop or, for a connected socket that was attached, until the client leaves; it returns
- * 0 or a negative errno. Or the caller's own: wait with poll() for what vfu_dev_fds asks, at most vfu_dev_timeout
- * milliseconds (-1: no limit), then call vfu_dev_poll, which handles what is there and never blocks. It returns 0, or
- * -ENOTCONN when there is no client and none can come.
+ * Loops. Either `run`, which returns 0 after vfu_dev_stop, -ENOTCONN when a connected socket that was attached is at its end, or
+ * what poll() says. Or the caller's own: wait with poll() for what vfu_dev_fds asks, at most vfu_dev_timeout milliseconds (-1: no
+ * limit), then call vfu_dev_poll, which handles what is there and never blocks. It returns 0, or -ENOTCONN when there is no client
+ * and none can come.
  */
 typedef struct vfu_pollfd {
     int fd;
@@ -3783,7 +3784,7 @@ VFU_API int vfu_msg_render(const vfu_msg *msg, char *out, size_t cap)
 
 enum {
     VFUX_RX_EXTRA = 65536, /* room behind the largest message, so that pipelined ones come with it */
-    VFUX_BATCHES = 8,      /* messages whose descriptors wait */
+    VFUX_BATCHES = 64,     /* messages whose descriptors wait; QEMU pipelines up to 44 */
     VFUX_LINE_MAX = 512    /* bytes of a log line */
 };
 
@@ -4694,11 +4695,13 @@ enum {
     VFUX_XFER_MAX = 16 << 20,
     VFUX_DMA_CHUNK = 128 << 10,      /* bytes of one DMA message; QEMU breaks the stream of larger ones */
     VFUX_DMA_READ_AHEAD = 128 << 10, /* bytes asked for and not answered: QEMU cuts replies that its socket does not take */
-    VFUX_DMA_SLOTS = 32,             /* DMA messages under way */
-    VFUX_DMA_TEST = 31,              /* the slot of the test for the layout */
-    VFUX_BUDGET = 64,                /* messages handled by one poll */
-    VFUX_WARNINGS = 100,             /* lines of log that one client can cause */
-    VFUX_AREAS = 64,                 /* areas of a region */
+    VFUX_WINDOW_LISTS = 256,
+    VFUX_WINDOWS_MAX = 32768, /* half of the mappings that Linux allows a process */
+    VFUX_DMA_SLOTS = 32,      /* DMA messages under way */
+    VFUX_DMA_TEST = 31,       /* the slot of the test for the layout */
+    VFUX_BUDGET = 64,         /* messages handled by one poll */
+    VFUX_WARNINGS = 100,      /* lines of log that one client can cause */
+    VFUX_AREAS = 64,          /* areas of a region */
     VFUX_EXTRA_REGIONS = 64,
     VFUX_MIG_STATES = 8,
     VFUX_GREETING_MS = 10000,
@@ -4815,7 +4818,8 @@ struct vfu_dev {
 
     vfu_iommu *iommu;
     vfu_iommu_reader *reader;
-    vfux_window *windows;
+    vfux_window *windows[VFUX_WINDOW_LISTS]; /* by inode */
+    uint32_t window_count;
 
     vfu_pci pci;
     uint8_t *msix_table;
@@ -5012,11 +5016,14 @@ static void vfux_message_let_go(void *ctx, uint64_t iova, uint64_t size)
 
 static const vfu_iommu_io vfux_message_io = {vfux_message_read, vfux_message_write, vfux_message_let_go};
 
+static vfux_window **vfux_window_list(vfu_dev *dev, ino_t ino) { return &dev->windows[ino % VFUX_WINDOW_LISTS]; }
+
 static void vfux_window_unref(vfu_dev *dev, vfux_window *window)
 {
     if (--window->refs)
         return;
-    vfux_window **link = &dev->windows;
+    dev->window_count--;
+    vfux_window **link = vfux_window_list(dev, window->ino);
     while (*link != window)
         link = &(*link)->next;
     *link = window->next;
@@ -5050,7 +5057,7 @@ static int vfux_window_make(vfu_dev *dev, vfux_window **out, int fd, const struc
         dev->why = "the descriptor doesn't allow that access";
         return -EACCES;
     }
-    vfux_window *window = vfux_allocate_zero(&dev->desc.alloc, sizeof(*window));
+    vfux_window *window = dev->window_count < VFUX_WINDOWS_MAX ? vfux_allocate_zero(&dev->desc.alloc, sizeof(*window)) : NULL;
     if (!window)
         return -ENOMEM;
     window->dev = st->st_dev;
@@ -5073,8 +5080,10 @@ static int vfux_window_make(vfu_dev *dev, vfux_window **out, int fd, const struc
     }
     if (!window->sealed)
         pthread_once(&vfux_guard_once, vfux_guard_install);
-    window->next = dev->windows;
-    dev->windows = window;
+    vfux_window **list = vfux_window_list(dev, window->ino);
+    dev->window_count++;
+    window->next = *list;
+    *list = window;
     *out = window;
     return 0;
 }
@@ -5093,7 +5102,7 @@ static int vfux_window_get(vfu_dev *dev, vfux_window **out, int fd, uint64_t off
         dev->why = "the file is shorter than the mapping";
         return -EINVAL;
     }
-    vfux_window *window = dev->desc.policy.map_exactly ? NULL : dev->windows;
+    vfux_window *window = dev->desc.policy.map_exactly ? NULL : *vfux_window_list(dev, st.st_ino);
     while (window &&
            !(window->dev == st.st_dev && window->ino == st.st_ino && (window->writable || !write) && offset >= window->offset &&
              offset - window->offset <= window->len && size <= window->len - (offset - window->offset)))
@@ -5486,10 +5495,14 @@ static void vfux_dma_replied(vfu_dev *dev, const vfu_msg *reply, int decoded)
     vfux_slot *slot = &dev->slots[reply->id % VFUX_DMA_SLOTS];
     vfu_dma *dma = slot->dma;
     const char *why = "it is malformed";
-    if (!dma || slot->held || slot->id != reply->id || slot->cmd != reply->cmd) {
+    if (!dma || slot->held || slot->id != reply->id) {
         vfux_say(&dev->desc.logger, VFU_LEVEL_INFO, "a reply to nothing that is under way is discarded: id 0x%04x %s", reply->id,
                  vfu_cmd_name(reply->cmd));
         return;
+    }
+    if (slot->cmd != reply->cmd) {
+        decoded = -EINVAL;
+        why = "it is to another command";
     }
     if (!decoded && !vfu_msg_is_error(reply) && reply->cmd == VFU_CMD_DMA_READ && reply->u.dma.proven)
         dev->layout = reply->u.dma.legacy ? VFU_DMA_LAYOUT_QEMU10 : VFU_DMA_LAYOUT_SPEC;
@@ -5675,19 +5688,21 @@ static int vfux_on_dma_map(vfu_dev *dev, const vfu_msg *request, vfux_answer *an
         dev->why = "the range is empty or wraps";
         return -EINVAL;
     }
-    if (dev->frame.fd_count && !dev->desc.policy.no_mmap) {
-        vfux_window *window = NULL;
-        int err = vfux_window_get(dev, &window, dev->frame.fds[0], offset, mapping.size, mapping.prot & VFU_IOMMU_WRITE);
-        if (err)
-            return err;
+    vfux_window *window = NULL;
+    int err = 0;
+    if (dev->frame.fd_count && !dev->desc.policy.no_mmap)
+        err = vfux_window_get(dev, &window, dev->frame.fds[0], offset, mapping.size, mapping.prot & VFU_IOMMU_WRITE);
+    if (err && err != -ENOMEM)
+        return err;
+    if (window) {
         mapping.host = window->base + (size_t)(offset - window->offset);
         mapping.flags = window->sealed ? 0 : VFU_IOMMU_GUARDED;
         mapping.user = window;
-    } else {
+    } else { /* no descriptor, or too many of them to map: by message */
         mapping.io = &vfux_message_io;
         mapping.io_ctx = dev;
     }
-    int err = vfu_iommu_map(dev->iommu, &mapping);
+    err = vfu_iommu_map(dev->iommu, &mapping);
     if (err) {
         dev->why = err == -EEXIST ? "a part of it is mapped already" : "the table refused it";
         if (mapping.user)
@@ -5764,7 +5779,7 @@ static int vfux_on_region_info(vfu_dev *dev, const vfu_msg *request, vfux_answer
     if (!region->size)
         return 0;
     answer->msg.u.region_info.flags = VFU_REGION_INFO_READ | (region->read_only ? 0 : VFU_REGION_INFO_WRITE);
-    if (region->shared) {
+    if (region->shared && dev->peer.max_msg_fds) {
         answer->msg.u.region_info.flags |= VFU_REGION_INFO_MMAP;
         answer->msg.u.region_info.offset = region->offset;
         answer->fds[answer->fd_count++] = region->fd;
@@ -5796,6 +5811,10 @@ static int vfux_on_region_io_fds(vfu_dev *dev, const vfu_msg *request, vfux_answ
             continue;
         while (at < answer->fd_count && answer->fds[at] != io->fd)
             at++;
+        if (at == answer->fd_count && at == dev->peer.max_msg_fds) {
+            dev->why = "the client takes fewer descriptors than these need";
+            return -E2BIG;
+        }
         if (at == answer->fd_count)
             answer->fds[answer->fd_count++] = io->fd; /* no region has more than fit: checked at creation */
         vfu_wire_sub_region entry = {
@@ -6283,7 +6302,7 @@ static int vfux_on_feature(vfu_dev *dev, const vfu_msg *request, vfux_answer *an
     /* The reply repeats the request; a feature that is fetched replaces the data. */
     if (request->u.feature.data_len)
         memcpy(dev->data, request->u.feature.data, request->u.feature.data_len);
-    answer->msg.u.feature.argsz = (uint32_t)sizeof(vfu_wire_feature) + request->u.feature.data_len;
+    answer->msg.u.feature.argsz = request->u.feature.argsz;
     answer->msg.u.feature.flags = flags;
     answer->msg.u.feature.data = dev->data;
     answer->msg.u.feature.data_len = request->u.feature.data_len;
@@ -6560,6 +6579,8 @@ static void vfux_dev_drop_client(vfu_dev *dev)
     vfux_irqs_release(dev);
     dev->intx.level = false;
     vfu_pci_disconnect(&dev->pci);
+    for (size_t i = 0; i < dev->pba_size / 4; i++)
+        atomic_store(&dev->msix_pending[i], 0);
     vfux_msix_update(dev);
     while (vfu_iommu_unmap_all(dev->iommu) < 0)
         vfux_say(&dev->desc.logger, VFU_LEVEL_ERROR, "the device still holds memory of a client that has left");
@@ -6650,11 +6671,9 @@ VFU_API int vfu_dev_poll(vfu_dev *dev)
 {
     uint64_t count;
     atomic_store_explicit(&dev->poller, (uintptr_t)&vfux_this_thread, memory_order_relaxed);
-    if (atomic_load_explicit(&dev->woken, memory_order_relaxed)) {
-        while (read(dev->wake_fd, &count, sizeof(count)) < 0 && errno == EINTR) {
-        }
-        atomic_store(&dev->woken, false); /* after the read: who sets it again writes again */
-    }
+    /* Whoever has set woken writes next; if that has not come yet, it ends the next wait. */
+    if (atomic_load_explicit(&dev->woken, memory_order_relaxed) && read(dev->wake_fd, &count, sizeof(count)) > 0)
+        atomic_store(&dev->woken, false);
     if (!dev->conn && dev->listener >= 0)
         vfux_dev_accept(dev);
     if (dev->conn) {
@@ -6720,14 +6739,14 @@ static int vfux_dev_sleep(vfu_dev *dev)
     int timeout = vfu_dev_timeout(dev), ready = 0;
     for (unsigned i = 0; i < count; i++)
         fds[i] = (struct pollfd){.fd = wanted[i].fd, .events = wanted[i].events};
-    if (dev->desc.busy_us && timeout) {
-        uint64_t until = vfux_now_us() + dev->desc.busy_us;
-        do
-            ready = poll(fds, count, 0);
-        while (!ready && vfux_now_us() < until);
+    uint64_t busy_us = timeout < 0 ? dev->desc.busy_us : vfux_min(dev->desc.busy_us, (uint64_t)timeout * 1000);
+    uint64_t began = busy_us ? vfux_now_us() : 0, spent = 0;
+    while (spent < busy_us && !ready) {
+        ready = poll(fds, count, 0);
+        spent = vfux_now_us() - began;
     }
     if (!ready)
-        ready = poll(fds, count, timeout);
+        ready = poll(fds, count, timeout < 0 ? -1 : timeout - (int)vfux_min(spent / 1000, (uint64_t)timeout));
     return ready < 0 && errno != EINTR ? -errno : 0;
 }
 
@@ -6740,7 +6759,7 @@ VFU_API int vfu_dev_run(vfu_dev *dev)
             err = vfu_dev_poll(dev);
     }
     atomic_store(&dev->stopped, false);
-    return err == -ENOTCONN ? 0 : err;
+    return err;
 }
 
 VFU_API void vfu_dev_stop(vfu_dev *dev)

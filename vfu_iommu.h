@@ -468,13 +468,13 @@ VFU_API int vfu_iommu_check(vfu_iommu *iommu);
 /* ---- types -------------------------------------------------------------------------------------------------------------- */
 
 enum {
-    VFUX_LINE = 64,      /* bytes of a cache line */
-    VFUX_DEPTH = 48,     /* an AVL tree of 2^32 nodes is at most 46 high */
-    VFUX_HAZARDS = 2,    /* a copy is at work on two mappings */
-    VFUX_FAULTS = 64,    /* the fault log */
+    VFUX_LINE = 64,                             /* bytes of a cache line */
+    VFUX_DEPTH = 48,                            /* an AVL tree of 2^32 nodes is at most 46 high */
+    VFUX_HAZARDS = 2,                           /* a copy is at work on two mappings */
+    VFUX_FAULTS = 64,                           /* the fault log */
     VFUX_BOUNCE = __STDC_HOSTED__ ? 4096 : 256, /* bytes on the stack for a copy that callbacks take part in */
-    VFUX_PATTERN = 512,  /* a pattern, repeated */
-    VFUX_LEAF_SHIFT = 9, /* a leaf of the dirty log has 2^9 pages */
+    VFUX_PATTERN = 512,                         /* a pattern, repeated */
+    VFUX_LEAF_SHIFT = 9,                        /* a leaf of the dirty log has 2^9 pages */
     VFUX_LEAF_WORDS = 16,
     VFUX_PAGE_SHIFT = 12, /* addresses of one such page share a hint */
     VFUX_HINTS_MIN = 1024 /* shared hints, when there are any */
@@ -1615,14 +1615,9 @@ static int vfux_copy_piece(vfu_iommu_reader *r, vfux_copy *c, uint64_t *at, uint
     d -= c->backwards ? n - 1 : 0;
     int err = 0;
     if (!io && readable && writable) {
-        const void *bad;
-        char *source = vfux_host(from, s), *target = vfux_host(to, d);
-        err = vfux_do_move(r->iommu, (from->flags | to->flags) & VFU_IOMMU_GUARDED, target, source, (size_t)n, &bad);
-        if (err) {
-            bool in_target = (uintptr_t)bad - (uintptr_t)target < n || !(from->flags & VFU_IOMMU_GUARDED);
-            *at = in_target ? vfux_locate(r->iommu, d, target, (size_t)n, bad) : vfux_locate(r->iommu, s, source, (size_t)n, bad);
-            *prot = in_target ? VFU_IOMMU_WRITE : VFU_IOMMU_READ;
-        }
+        const void *ignored;
+        bool guarded = (from->flags | to->flags) & VFU_IOMMU_GUARDED;
+        err = vfux_do_move(r->iommu, guarded, vfux_host(to, d), vfux_host(from, s), (size_t)n, &ignored);
         vfux_written(r->iommu, d, (size_t)n);
     }
     vfux_let(r, 1);
@@ -1647,6 +1642,27 @@ static int vfux_copy_piece(vfu_iommu_reader *r, vfux_copy *c, uint64_t *at, uint
     return err;
 }
 
+/* Finds the first address of the range whose memory is gone, by touching each page. False: none is. */
+static bool vfux_find_gone(vfu_iommu_reader *r, uint64_t iova, uint64_t len, uint64_t *at)
+{
+    bool found = false;
+    for (uint64_t done = 0; done < len && !found;) {
+        vfux_node *n = vfux_hold(r, 0, iova + done);
+        if (!n)
+            break;
+        size_t part = (size_t)vfux_min(vfux_min(len - done, VFU_IOMMU_PIECE), vfux_last(n) - (iova + done) + 1);
+        char *host = n->flags & VFU_IOMMU_GUARDED ? vfux_host(n, iova + done) : NULL;
+        const void *ignored;
+        for (size_t page = 0; host && page < part && !found; page += 4096 - ((uintptr_t)host + page) % 4096) {
+            found = r->iommu->desc.guard(r->iommu->desc.ctx, vfux_touch_body, host + page, &ignored) != 0;
+            *at = found ? iova + done + page : *at;
+        }
+        vfux_let(r, 0);
+        done += part;
+    }
+    return found;
+}
+
 VFU_API int vfu_iommu_copy(vfu_iommu_reader *r, uint64_t dst, uint64_t src, uint64_t len)
 {
     vfux_copy c = {.dst = dst, .src = src, .left = len, .backwards = dst > src && dst - src < len};
@@ -1661,6 +1677,8 @@ VFU_API int vfu_iommu_copy(vfu_iommu_reader *r, uint64_t dst, uint64_t src, uint
         err = vfux_scan(r, dst, len, prot = VFU_IOMMU_WRITE, &at);
     while (!err && c.left)
         err = vfux_copy_piece(r, &c, &at, &prot);
+    if (err == -EFAULT) /* whichever way the copy went: the first page that is gone */
+        prot = vfux_find_gone(r, src, len, &at) || !vfux_find_gone(r, dst, len, &at) ? VFU_IOMMU_READ : VFU_IOMMU_WRITE;
     return err ? vfux_fault(r, at, prot, err) : 0;
 }
 

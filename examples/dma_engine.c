@@ -369,19 +369,51 @@ static void reset(void *ctx, vfu_reset_kind kind)
 
 static void disconnected(void *ctx) { stop(ctx); }
 
+/* Does [first, last] have a part of the len > 0 bytes at iova? Then *fault is its first address. */
+static bool overlaps(uint64_t first, uint64_t last, uint64_t iova, uint64_t len, uint64_t *fault)
+{
+    *fault = first > iova ? first : iova;
+    return first <= iova + (len - 1) && last >= iova;
+}
+
+/* The client takes memory away: a transfer by message that has a part in it ends, whichever end is being moved. */
+static void dma_unmapped(void *ctx, const vfu_iommu_mapping *mapping)
+{
+    engine *e = ctx;
+    const registers *r = &e->regs;
+    uint64_t last = mapping->iova + (mapping->size - 1), fault;
+    if (!e->dma.active)
+        return;
+    if ((reads_memory(r->command) && overlaps(mapping->iova, last, r->src, r->len, &fault)) ||
+        (writes_memory(r->command) && overlaps(mapping->iova, last, r->dst, r->len, &fault))) {
+        vfu_dev_dma_cancel(e->dev, &e->dma);
+        finish(e, -ENOENT, fault);
+    }
+}
+
 /* ---- migration ------------------------------------------------------------------------------------------------------------
  *
  * The stream is records: pages of device RAM, some of them twice, and at its end the registers. While the device still runs
  * all pages are saved; when it has stopped, those that have changed since. */
 
-enum { RECORD_PAGE = 0x45474150, RECORD_REGISTERS = 0x53474552 };
+enum { RECORD_PAGE = 0x45474150, RECORD_REGISTERS = 0x53474552, FORMAT = 1 };
 enum { PAGES = RAM_SIZE / PAGE, STREAM_MAX = 2 * PAGES * (PAGE + 8) + 4096 };
 
 typedef struct saved_registers {
     uint32_t record, rounds_left;
     registers regs;
-    uint32_t intx, reserved;
+    uint32_t intx, format; /* FORMAT */
+    uint64_t sum;          /* of all bytes before it */
 } saved_registers;
+
+/* FNV-1a: finds what was damaged on its way, not what somebody made up. */
+static uint64_t checksum(const uint8_t *bytes, size_t len)
+{
+    uint64_t sum = UINT64_C(0xcbf29ce484222325);
+    for (size_t i = 0; i < len; i++)
+        sum = (sum ^ bytes[i]) * UINT64_C(0x100000001b3);
+    return sum;
+}
 
 static void save(engine *e, const void *data, size_t len)
 {
@@ -403,7 +435,10 @@ static void save_rest(engine *e, bool after_pre_copy)
     for (uint32_t page = 0; page < PAGES; page++)
         if (!after_pre_copy || memcmp(e->copied + page * PAGE, e->ram + page * PAGE, PAGE))
             save_page(e, page);
-    save(e, &last, sizeof(last));
+    last.format = FORMAT;
+    save(e, &last, offsetof(saved_registers, sum));
+    last.sum = checksum(e->stream, e->stream_len);
+    save(e, &last.sum, sizeof(last.sum));
 }
 
 /* Takes what was written. Nothing of it counts before all of it was found good. */
@@ -423,8 +458,11 @@ static int restore(engine *e)
     if (e->stream_len - at != sizeof(last))
         return -EINVAL;
     memcpy(&last, e->stream + at, sizeof(last));
-    if (last.record != RECORD_REGISTERS || last.regs.magic != MAGIC || last.regs.version != VERSION ||
-        last.regs.status > FAILED || (last.regs.status == BUSY) != (last.rounds_left > 0))
+    if (last.record != RECORD_REGISTERS || last.format != FORMAT ||
+        last.sum != checksum(e->stream, e->stream_len - sizeof(last.sum)))
+        return -EINVAL;
+    if (last.regs.magic != MAGIC || last.regs.version != VERSION || last.regs.status > FAILED ||
+        (last.regs.status == BUSY) != (last.rounds_left > 0))
         return -EINVAL;
     memcpy(e->ram, e->copied, RAM_SIZE);
     e->regs = last.regs;
@@ -542,16 +580,24 @@ static int make_ram(engine *e)
 static int serve(engine *e)
 {
     int err = 0;
-    while (!asked_to_end) {
-        err = vfu_dev_run(e->dev);
+    while (!err && !asked_to_end) {
         if (asked_for_table) {
             asked_for_table = 0;
             print_table(vfu_dev_iommu(e->dev));
-        } else {
-            break;
         }
+        err = vfu_dev_run(e->dev);
     }
-    return err;
+    return err == -ENOTCONN ? 0 : err; /* the client of a socket that was connected already has left */
+}
+
+static void catch_signals(void)
+{
+    struct sigaction action;
+    memset(&action, 0, sizeof(action));
+    action.sa_handler = on_signal;
+    sigaction(SIGTERM, &action, NULL);
+    sigaction(SIGINT, &action, NULL);
+    sigaction(SIGUSR1, &action, NULL);
 }
 
 int main(int argc, char **argv)
@@ -612,16 +658,23 @@ int main(int argc, char **argv)
             },
         .share = {[BAR_RAM] = &share},
         .ctx = &e,
-        .callbacks = {.region_read = region_read,
-                      .region_write = region_write,
-                      .reset = reset,
-                      .disconnected = disconnected,
-                      .work = work},
+        .callbacks =
+            {
+                .region_read = region_read,
+                .region_write = region_write,
+                .reset = reset,
+                .disconnected = disconnected,
+                .dma_unmapped = dma_unmapped,
+                .work = work,
+            },
         .migration = {.pre_copy = true, .change = change, .read = migration_read, .write = migration_write},
         .policy = {.no_mmap = no_mmap},
         .logger = {.level = verbose ? VFU_LEVEL_TRACE : VFU_LEVEL_WARNING},
     };
     int err = vfu_dev_create(&e.dev, &desc);
+    the_device = e.dev;
+    if (!err)
+        catch_signals(); /* before anybody can see the socket file */
     if (!err)
         err = path ? vfu_dev_listen(e.dev, path) : vfu_dev_attach(e.dev, fd);
     if (err) {
@@ -629,13 +682,6 @@ int main(int argc, char **argv)
         vfu_dev_destroy(e.dev);
         return 1;
     }
-    the_device = e.dev;
-    struct sigaction action;
-    memset(&action, 0, sizeof(action));
-    action.sa_handler = on_signal;
-    sigaction(SIGTERM, &action, NULL);
-    sigaction(SIGINT, &action, NULL);
-    sigaction(SIGUSR1, &action, NULL);
     err = serve(&e);
     if (err)
         fprintf(stderr, "%s: %s\n", argv[0], strerror(-err));
