@@ -3898,12 +3898,19 @@ static int64_t vfux_socket_receive(void *ctx, void *buf, size_t len, int *fds, u
     while (n < 0 && errno == EINTR);
     if (n < 0)
         return errno == EWOULDBLOCK ? -EAGAIN : -errno;
-    for (struct cmsghdr *c = msg.msg_controllen ? CMSG_FIRSTHDR(&msg) : NULL; c; c = CMSG_NXTHDR(&msg, c)) {
-        if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS)
-            continue;
-        unsigned count = (unsigned)((c->cmsg_len - CMSG_LEN(0)) / sizeof(int));
-        for (unsigned i = 0; i < count && *fd_count < VFU_FDS_RECEIVABLE; i++)
-            memcpy(&fds[(*fd_count)++], CMSG_DATA(c) + i * sizeof(int), sizeof(int));
+    /* By hand: musl's CMSG_NXTHDR does not compile without a warning. */
+    for (size_t at = 0; (size_t)msg.msg_controllen - at >= sizeof(struct cmsghdr);) {
+        struct cmsghdr c;
+        memcpy(&c, control.bytes + at, sizeof(c));
+        if (c.cmsg_len < CMSG_LEN(0) || c.cmsg_len > (size_t)msg.msg_controllen - at)
+            break;
+        size_t count = c.cmsg_level == SOL_SOCKET && c.cmsg_type == SCM_RIGHTS ? (c.cmsg_len - CMSG_LEN(0)) / sizeof(int) : 0;
+        for (size_t i = 0; i < count && *fd_count < VFU_FDS_RECEIVABLE; i++)
+            memcpy(&fds[(*fd_count)++], control.bytes + at + CMSG_LEN(0) + i * sizeof(int), sizeof(int));
+        size_t step = CMSG_SPACE(c.cmsg_len - CMSG_LEN(0));
+        if (step > (size_t)msg.msg_controllen - at)
+            break;
+        at += step;
     }
     return msg.msg_flags & MSG_CTRUNC ? -EBADMSG : n;
 }
@@ -5067,7 +5074,7 @@ static int vfux_window_make(vfu_dev *dev, vfux_window **out, int fd, const struc
     int seals = fcntl(fd, F_GET_SEALS);
     struct statfs fs;
     /* Huge pages can be missing in a file that can't shrink: no page is reserved for this mapping. */
-    window->sealed = seals >= 0 && seals & F_SEAL_SHRINK && fstatfs(fd, &fs) == 0 && fs.f_type != VFUX_HUGETLBFS;
+    window->sealed = seals >= 0 && seals & F_SEAL_SHRINK && fstatfs(fd, &fs) == 0 && (uint32_t)fs.f_type != VFUX_HUGETLBFS;
     int err = vfux_window_map(window, fd, offset, size, (uint64_t)st->st_size);
     if (err && window->writable && !write) { /* sealed against writing, perhaps */
         window->writable = false;
