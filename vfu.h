@@ -3931,11 +3931,11 @@ static int64_t vfux_socket_send(void *ctx, const vfu_slice *slices, unsigned cou
     if (fd_count) {
         memset(&control, 0, sizeof(control));
         msg.msg_control = control.bytes;
-        msg.msg_controllen = CMSG_SPACE(sizeof(int) * fd_count);
+        msg.msg_controllen = (socklen_t)CMSG_SPACE(sizeof(int) * fd_count);
         struct cmsghdr *c = CMSG_FIRSTHDR(&msg);
         c->cmsg_level = SOL_SOCKET;
         c->cmsg_type = SCM_RIGHTS;
-        c->cmsg_len = CMSG_LEN(sizeof(int) * fd_count);
+        c->cmsg_len = (socklen_t)CMSG_LEN(sizeof(int) * fd_count);
         memcpy(CMSG_DATA(c), fds, sizeof(int) * fd_count);
     }
     ssize_t n;
