@@ -22,7 +22,7 @@ esac
 # For each package manager: the packages, whether one is installed, how to install some.
 if command -v apt-get >/dev/null 2>&1; then
     needed="gcc g++ libc6-dev make check pkg-config clang"
-    further="libclang-rt-dev musl-tools busybox-static"
+    further="libclang-rt-dev musl-tools busybox-static pciutils"
     firmware="gcc-arm-none-eabi qemu-system-arm"
     if $pc; then further="$further gcc-multilib"; fi
     installed() { dpkg-query -W -f '${Status}' "$1" 2>/dev/null | grep -q ' installed$'; }
@@ -31,7 +31,7 @@ if command -v apt-get >/dev/null 2>&1; then
     install() { as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$@"; }
 elif command -v dnf >/dev/null 2>&1; then
     needed="gcc gcc-c++ libasan libubsan libtsan make check-devel pkgconf-pkg-config clang diffutils"
-    further="compiler-rt musl-gcc busybox"
+    further="compiler-rt musl-gcc busybox pciutils"
     firmware="arm-none-eabi-gcc-cs qemu-system-arm"
     if $pc; then further="$further glibc-devel.i686 libgcc.i686"; fi
     installed() { rpm -q "$1" >/dev/null 2>&1; }
@@ -39,14 +39,14 @@ elif command -v dnf >/dev/null 2>&1; then
     install() { as_root dnf install -y "$@"; }
 elif command -v apk >/dev/null 2>&1; then
     needed="gcc g++ musl-dev linux-headers make check-dev pkgconf clang compiler-rt"
-    further="bash busybox-static"
+    further="bash busybox-static pciutils"
     firmware="gcc-arm-none-eabi qemu-system-arm"
     installed() { apk info -e "$1" >/dev/null 2>&1; }
     refresh() { :; }
     install() { as_root apk add "$@"; }
 elif command -v pacman >/dev/null 2>&1; then
     needed="gcc make check pkgconf clang compiler-rt diffutils"
-    further="musl busybox"
+    further="musl busybox pciutils"
     firmware="arm-none-eabi-gcc qemu-system-arm"
     if $pc; then further="$further lib32-glibc lib32-gcc-libs"; fi
     installed() { pacman -Q "$1" >/dev/null 2>&1; }
@@ -54,7 +54,7 @@ elif command -v pacman >/dev/null 2>&1; then
     install() { as_root pacman -Sy --needed --noconfirm "$@"; }
 elif command -v zypper >/dev/null 2>&1; then
     needed="gcc gcc-c++ make check-devel pkg-config clang diffutils"
-    further="musl-devel busybox-static"
+    further="musl-devel busybox-static pciutils"
     firmware="cross-arm-none-eabi-gcc qemu-arm"
     if $pc; then further="$further gcc-32bit glibc-devel-32bit"; fi
     installed() { rpm -q --whatprovides "$1" >/dev/null 2>&1; }
