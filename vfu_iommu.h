@@ -103,7 +103,8 @@
  * permission. A hint that finds nothing is not believed either: a miss is looked up again under the lock before it becomes a
  * fault.
  *
- * A local reader skips R1 and R4: U1 to U3 are the same thread's, so none of them comes between R2 and the end of R3.
+ * A local reader skips R1 and R4: U1 to U3 are the same thread's, so none of them comes between R2 and the end of R3. (While a
+ * dirty log runs it doesn't skip them: another thread that maps may rebuild the log's index, and waits for the hazards then.)
  *
  * Lock order: there is one lock, and it is never taken while a hazard is published, so an unmap may wait for hazards under it.
  * Hazards are held for at most VFU_IOMMU_PIECE bytes of copying. Whatever takes longer (callbacks, pins) counts itself in the
@@ -594,8 +595,25 @@ struct vfu_iommu {
 #endif
 };
 
+static void vfux_relax(void)
+{
+#if __STDC_HOSTED__ && (defined(__x86_64__) || defined(__i386__))
+    __builtin_ia32_pause();
+#endif
+}
+
 #if __STDC_HOSTED__
-static void vfux_lock(vfu_iommu *t) { pthread_mutex_lock(&t->lock); }
+/* The lock is held for less than a microsecond as a rule: sleeping would make its holder pay a system call to end that. */
+static void vfux_lock(vfu_iommu *t)
+{
+    for (unsigned i = 0; i < 800; i++) {
+        if (i % 4 == 0 && pthread_mutex_trylock(&t->lock) == 0)
+            return;
+        vfux_relax();
+    }
+    pthread_mutex_lock(&t->lock);
+}
+
 static void vfux_unlock(vfu_iommu *t) { pthread_mutex_unlock(&t->lock); }
 #else
 static void vfux_lock(vfu_iommu *t) { (void)t; }
@@ -618,9 +636,7 @@ static void vfux_pause(unsigned round)
 {
 #if __STDC_HOSTED__
     if (round < 64) {
-#if defined(__x86_64__) || defined(__i386__)
-        __builtin_ia32_pause();
-#endif
+        vfux_relax();
     } else if (round < 4096) {
         sched_yield();
     } else {
@@ -1252,7 +1268,7 @@ static void vfux_log_mark(vfux_log *log, uint64_t first, uint64_t last);
 static bool vfux_publish(vfu_iommu_reader *r, unsigned slot, uint32_t i, uint64_t iova)
 {
     vfux_node *n = &r->nodes[i];
-    if (r->local)
+    if (r->local && !atomic_load_explicit(&r->iommu->log, memory_order_relaxed))
         return vfux_is_live(n) && vfux_covers(n, iova);
     atomic_store(&r->hazard[slot], i);
     if (vfux_is_live(n) && vfux_covers(n, iova))
