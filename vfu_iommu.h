@@ -595,14 +595,14 @@ struct vfu_iommu {
 #endif
 };
 
+#if __STDC_HOSTED__
 static void vfux_relax(void)
 {
-#if __STDC_HOSTED__ && (defined(__x86_64__) || defined(__i386__))
+#if defined(__x86_64__) || defined(__i386__)
     __builtin_ia32_pause();
 #endif
 }
 
-#if __STDC_HOSTED__
 /* The lock is held for less than a microsecond as a rule: sleeping would make its holder pay a system call to end that. */
 static void vfux_lock(vfu_iommu *t)
 {
