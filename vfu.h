@@ -4712,6 +4712,7 @@ enum {
     VFUX_EXTRA_REGIONS = 64,
     VFUX_MIG_STATES = 8,
     VFUX_GREETING_MS = 10000,
+    VFUX_ACCEPT_MS = 100,
     VFUX_PAGE = 4096 /* granule of mappings: the pgsizes that VERSION says */
 };
 
@@ -4816,6 +4817,7 @@ struct vfu_dev {
     vfu_frame frame;
     bool greeted;
     uint64_t greeting_until;
+    uint64_t accept_from; /* ms; 0: at once */
     vfu_caps peer;
     uint32_t peer_xfer; /* bytes of data that both ends take in one message */
     unsigned warnings;
@@ -5019,6 +5021,15 @@ static void vfux_message_let_go(void *ctx, uint64_t iova, uint64_t size)
             next = dev->dmas;
         }
     }
+}
+
+/* Threads may wait for any memory again. */
+static void vfux_revoke_end(vfu_dev *dev)
+{
+    pthread_mutex_lock(&dev->lock);
+    dev->revoked_first = 1;
+    dev->revoked_last = 0;
+    pthread_mutex_unlock(&dev->lock);
 }
 
 static const vfu_iommu_io vfux_message_io = {vfux_message_read, vfux_message_write, vfux_message_let_go};
@@ -5741,10 +5752,7 @@ static int vfux_on_dma_unmap(vfu_dev *dev, const vfu_msg *request, vfux_answer *
             return -ENOENT;
     }
     count = flags & VFU_DMA_UNMAP_ALL ? vfu_iommu_unmap_all(dev->iommu) : vfu_iommu_unmap(dev->iommu, iova, size);
-    pthread_mutex_lock(&dev->lock);
-    dev->revoked_first = 1;
-    dev->revoked_last = 0;
-    pthread_mutex_unlock(&dev->lock);
+    vfux_revoke_end(dev);
     if (count < 0) {
         dev->why = count == -EINVAL ? "the range is empty, wraps, is unaligned or splits a mapping" : "the range is held";
         return count;
@@ -6371,7 +6379,7 @@ VFU_API uint64_t vfu_dev_ticket(vfu_dev *dev)
         dev->pending.completed = false;
         dev->pending.wanted = dev->reading;
     }
-    uint64_t ticket = dev->pending.ticket;
+    uint64_t ticket = dev->handling ? dev->pending.ticket : 0;
     pthread_mutex_unlock(&dev->lock);
     return ticket;
 }
@@ -6428,8 +6436,10 @@ static int vfux_dev_answer(vfu_dev *dev, const vfu_msg *request, vfux_answer *an
 /* Answers the request that was completed, or goes on with the rest of what it asks for. Negative: the connection is over. */
 static int vfux_pending_finish(vfu_dev *dev)
 {
+    if (!vfux_is_pending(dev))
+        return 0;
     pthread_mutex_lock(&dev->lock);
-    bool completed = dev->pending.ticket && dev->pending.completed;
+    bool completed = dev->pending.completed;
     pthread_mutex_unlock(&dev->lock);
     int flushed = completed ? vfu_conn_flush(dev->conn) : -EAGAIN;
     if (flushed) /* the answer is sent when there is room for it */
@@ -6592,8 +6602,7 @@ static void vfux_dev_drop_client(vfu_dev *dev)
     while (vfu_iommu_unmap_all(dev->iommu) < 0)
         vfux_say(&dev->desc.logger, VFU_LEVEL_ERROR, "the device still holds memory of a client that has left");
     vfux_waits_take(dev, 0, UINT64_MAX, vfux_wait_disconnect);
-    dev->revoked_first = 1;
-    dev->revoked_last = 0;
+    vfux_revoke_end(dev);
     vfu_iommu_dirty_stop(dev->iommu);
     vfux_frame_release(&dev->frame);
     vfu_conn_destroy(dev->conn);
@@ -6614,14 +6623,20 @@ static int vfux_dev_take_client(vfu_dev *dev, int fd)
     return err;
 }
 
+/* Takes the next client, if one waits. When that fails for want of descriptors or memory, it is tried again a little later. */
 static void vfux_dev_accept(vfu_dev *dev)
 {
+    if (dev->accept_from && vfux_now_ms() < dev->accept_from)
+        return;
+    dev->accept_from = 0;
     int fd = vfu_sock_accept(dev->listener);
     if (fd == -EAGAIN)
         return;
     int err = fd < 0 ? fd : vfux_dev_take_client(dev, fd);
-    if (err)
-        vfux_say(&dev->desc.logger, VFU_LEVEL_ERROR, "a client can't be accepted: %s", vfu_errno_name(err));
+    if (!err)
+        return;
+    vfux_say(&dev->desc.logger, VFU_LEVEL_ERROR, "a client can't be accepted: %s", vfu_errno_name(err));
+    dev->accept_from = vfux_now_ms() + VFUX_ACCEPT_MS;
 }
 
 /* Handles what has come over one of the sockets. Negative: the connection is over. */
@@ -6649,7 +6664,7 @@ static int vfux_dev_receive(vfu_dev *dev, vfu_conn *conn)
 }
 
 /* Does what the client and the other threads want. Negative: the connection is over. */
-static int vfux_dev_serve(vfu_dev *dev)
+static int vfux_dev_serve(vfu_dev *dev, bool woken)
 {
     dev->more = false;
     int err = vfux_pending_finish(dev);
@@ -6667,7 +6682,8 @@ static int vfux_dev_serve(vfu_dev *dev)
         if (dev->desc.callbacks.work && dev->desc.callbacks.work(dev->desc.ctx))
             dev->work_wanted = true;
     }
-    vfux_waits_take(dev, 0, UINT64_MAX, vfux_wait_start);
+    if (woken)
+        vfux_waits_take(dev, 0, UINT64_MAX, vfux_wait_start);
     vfux_dma_pump(dev);
     if (dev->dmas && dev->desc.dma_timeout_ms)
         vfux_dma_expire(dev);
@@ -6679,12 +6695,13 @@ VFU_API int vfu_dev_poll(vfu_dev *dev)
     uint64_t count;
     atomic_store_explicit(&dev->poller, (uintptr_t)&vfux_this_thread, memory_order_relaxed);
     /* Whoever has set woken writes next; if that has not come yet, it ends the next wait. */
-    if (atomic_load_explicit(&dev->woken, memory_order_relaxed) && read(dev->wake_fd, &count, sizeof(count)) > 0)
+    bool woken = atomic_load(&dev->woken) && read(dev->wake_fd, &count, sizeof(count)) > 0;
+    if (woken)
         atomic_store(&dev->woken, false);
     if (!dev->conn && dev->listener >= 0)
         vfux_dev_accept(dev);
     if (dev->conn) {
-        int err = vfux_dev_serve(dev);
+        int err = vfux_dev_serve(dev, woken);
         if (err) {
             if (err != -EPIPE && err != -ECONNRESET)
                 vfux_warn(dev, "the client is dropped: %s", vfu_errno_name(err));
@@ -6709,7 +6726,7 @@ VFU_API unsigned vfu_dev_fds(vfu_dev *dev, vfu_pollfd fds[VFU_DEV_FDS])
             fds[count++] = (vfu_pollfd){dev->intx.unmask_fd, POLLIN};
         if (dev->twin)
             fds[count++] = (vfu_pollfd){vfu_conn_fd(dev->twin), (short)(POLLIN | (vfu_conn_is_waiting(dev->twin) ? POLLOUT : 0))};
-    } else if (dev->listener >= 0) {
+    } else if (dev->listener >= 0 && !dev->accept_from) {
         fds[count++] = (vfu_pollfd){dev->listener, POLLIN};
     }
     return count;
@@ -6719,7 +6736,7 @@ VFU_API int vfu_dev_timeout(vfu_dev *dev)
 {
     uint64_t until = dev->greeted ? UINT64_MAX : dev->greeting_until;
     if (!dev->conn)
-        return -1;
+        until = dev->accept_from ? dev->accept_from : UINT64_MAX;
     if (dev->more || (dev->work_wanted && vfux_is_running(dev)))
         return 0;
     for (vfu_dma *dma = dev->dmas; dma; dma = dma->next)

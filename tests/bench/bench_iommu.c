@@ -27,14 +27,14 @@
 #include <unistd.h>
 
 enum {
-    ROUNDS = 9,
-    STREAM = 1 << 20,   /* addresses; each round goes on where the last one ended */
+    ROUNDS = 7,
+    STREAM = 1 << 19,   /* addresses; each round goes on where the last one ended */
     LOOKUPS = 100000,   /* in a round */
     SMALL = 100000,
     LARGE = 20000,
     PAIRS = 20000,
     HOT = 64,           /* mappings that get 95 % of the accesses */
-    BUSY_UNMAPS = 20000,
+    BUSY_UNMAPS = 10000,
     PAGE = 4096
 };
 #define ARENA ((size_t)256 << 20)
@@ -214,7 +214,7 @@ typedef struct access_figures {
 static void measure_access(access_figures *f, size_t len, size_t count)
 {
     for (int kind = 0; kind < KINDS; kind++)
-        time_read(kind, stream_at + STREAM / 2, count, len); /* warm up elsewhere */
+        time_read(kind, stream_at + STREAM / 2, count, len); /* warm up, with other addresses */
     for (int r = 0; r < ROUNDS; r++, stream_at += count) {
         double ns[KINDS + 1];
         for (int side = 0; side <= KINDS; side++) {
@@ -236,8 +236,9 @@ static void measure_access(access_figures *f, size_t len, size_t count)
 
 static void measure_lookup(figure *f)
 {
+    time_lookup(PLAIN, stream_at, STREAM); /* every address was used before, as it is when a guest has run for a while */
     for (int kind = 0; kind < KINDS; kind++) {
-        time_lookup(kind, stream_at + STREAM / 2, STREAM / 2);
+        time_lookup(kind, stream_at, LOOKUPS);
         for (int r = 0; r < ROUNDS; r++, stream_at += LOOKUPS)
             f[kind].round[r] = time_lookup(kind, stream_at, LOOKUPS);
         settle(&f[kind]);
@@ -424,6 +425,7 @@ static void measure_row(row *r)
         measure_lookup(r->lookup[hot]);
         measure_access(&r->small[hot], 64, SMALL);
         make_stream(hot, PAGE);
+        time_lookup(PLAIN, stream_at, STREAM);
         measure_access(&r->large[hot], PAGE, LARGE);
     }
     measure_pairs(&r->pair);
@@ -548,13 +550,12 @@ int main(void)
         fail("memory");
     memset(arena, 1, ARENA);
     for (int i = 0; i < ROWS; i++) {
-        fprintf(stderr, "\rmeasuring %d of %d", i + 1, ROWS);
+        if (isatty(STDERR_FILENO))
+            fprintf(stderr, "%smeasuring %d of %d%s", i ? "\r" : "", i + 1, ROWS, i + 1 < ROWS ? "" : "\n");
         rows[i].count = counts[i / 2];
         rows[i].mixed = i % 2;
         measure_row(&rows[i]);
     }
-    fprintf(stderr, "\r                  \r");
-
     printf("Median of %d rounds, least..greatest, ns. mixed: 4 KiB to 2 MiB. hot: 95 %% of the accesses to %d mappings.\n", ROUNDS, HOT);
     print_access_table("Lookup: may one byte be read?", "| local                  | plain", 0);
     print_access_table("64 B: memcpy, and how much more a validated read takes", "| memcpy                 | local: +               | plain: +", 1);
