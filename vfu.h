@@ -812,7 +812,7 @@ VFU_API int vfu_msg_decode_dma(const void *bytes, size_t len, vfu_dma_layout lay
  * the error field of a message that is no error reply, are written as they are; an error reply is 16 bytes whatever u holds.
  *   -EMSGSIZE  cap is too small, or the size doesn't fit 32 bits (or an int): nothing usable is in out
  *   -EINVAL    msg contradicts itself (count isn't data_len, data where none belongs, ack_len not 0, 12 or 16, ...), or is of no
- *              known command or type
+ *              known type or command; an error reply may be to any command
  * Whatever was decoded can be encoded, and decodes to the same again; the bytes are the same unless some were ignored.
  */
 VFU_API int vfu_msg_encode(const vfu_msg *msg, void *out, size_t cap);
@@ -1304,10 +1304,10 @@ VFU_API int vfu_dev_listen(vfu_dev *dev, const char *path);
 VFU_API int vfu_dev_attach(vfu_dev *dev, int fd);
 
 /*
- * Loops. Either `run`, which returns 0 after vfu_dev_stop, -ENOTCONN when a connected socket that was attached is at its end, or
- * what poll() says. Or the caller's own: wait with poll() for what vfu_dev_fds asks, at most vfu_dev_timeout milliseconds (-1: no
- * limit), then call vfu_dev_poll, which handles what is there and never blocks. It returns 0, or -ENOTCONN when there is no client
- * and none can come.
+ * Loops. Either `run`, which returns 0 after vfu_dev_stop, -ENOTCONN when a connected socket that was attached is at its
+ * end, or what poll() says. Or the caller's own: wait with poll() for what vfu_dev_fds asks, at most vfu_dev_timeout
+ * milliseconds (-1: no limit), then call vfu_dev_poll, which handles what is there and never blocks. It returns 0, or
+ * -ENOTCONN when there is no client and none can come.
  */
 typedef struct vfu_pollfd {
     int fd;
@@ -1343,8 +1343,11 @@ VFU_API const vfu_pci *vfu_dev_pci(vfu_dev *dev);
 
 /*
  * Interrupts. raise signals interrupt `vector` of an IRQ index other than INTx: one write(), any thread. 0; -ENOENT: the
- * client has assigned no eventfd; -EINVAL: no such interrupt. set_intx sets the level of the INTx line: it is signalled when
- * it rises, and again when the client unmasks it and it is still up.
+ * client has assigned no eventfd; -EINVAL: no such interrupt. An eventfd that is blocking when it is assigned is polled before
+ * each write. (One that the client makes blocking later, and fills up itself, holds the raising thread until it is read: the
+ * two share the open file. A process that serves clients who don't trust each other gives each a process, or a thread, of
+ * its own.) set_intx sets the level of the INTx line: it is signalled when it rises, and again when the client unmasks it
+ * and it is still up.
  */
 VFU_API int vfu_dev_raise(vfu_dev *dev, uint32_t index, uint32_t vector);
 VFU_API void vfu_dev_set_intx(vfu_dev *dev, bool level);
@@ -3095,8 +3098,8 @@ static int vfux_encode(const vfu_msg *m, bool whole, vfux_frame *f, uint64_t *si
     f->tail = NULL;
     f->tail_len = 0;
     f->pad = 0;
-    if ((m->flags & VFU_HDR_TYPE_MASK) > VFU_HDR_REPLY || !vfux_cmd_known(m->cmd)) {
-        return -EINVAL;
+    if ((m->flags & VFU_HDR_TYPE_MASK) > VFU_HDR_REPLY || (!vfux_cmd_known(m->cmd) && !vfu_msg_is_error(m))) {
+        return -EINVAL; /* an error reply says that a command is not known */
     }
     if (!vfu_msg_is_error(m)) {
         int rc = vfux_encode_payload(m, whole, f);
@@ -6776,7 +6779,7 @@ static int vfux_dev_sleep(vfu_dev *dev)
 
 VFU_API int vfu_dev_run(vfu_dev *dev)
 {
-    int err = 0;
+    int err = dev->conn || dev->listener >= 0 ? 0 : -ENOTCONN;
     while (!atomic_load(&dev->stopped) && !err) {
         err = vfux_dev_sleep(dev);
         if (!err)

@@ -784,8 +784,16 @@ START_TEST(test_codec_encode_mistakes)
     WRONG();
     m.flags = ERR;
     FINE();
-    m.cmd = 0;
-    WRONG(); /* an error reply to an unknown command echoes the peer's header instead */
+    static const uint16_t unknown[] = {0, 14, 19, 99, 65535};
+    for (size_t i = 0; i < sizeof(unknown) / sizeof(unknown[0]); i++) { /* only an error reply, which says so, can be of these */
+        m.cmd = unknown[i];
+        m.flags = ERR;
+        FINE();
+        m.flags = CMD;
+        WRONG();
+        m.flags = VFU_HDR_REPLY;
+        WRONG();
+    }
 
     START(VFU_CMD_VERSION, CMD);
     m.u.version.json_len = 2;
