@@ -5802,11 +5802,12 @@ static int vfux_on_region_info(vfu_dev *dev, const vfu_msg *request, vfux_answer
         answer->msg.u.region_info.offset = region->offset;
         answer->fds[answer->fd_count++] = region->fd;
     }
-    if (!region->area_count && !region->typed)
+    uint32_t areas = answer->fd_count ? region->area_count : 0;
+    if (!areas && !region->typed)
         return 0;
     vfu_wire_cap_type type = {.type = region->type, .subtype = region->subtype};
-    int err = vfu_msg_set_region_caps(&answer->msg, argsz, region->typed ? &type : NULL, region->areas, region->area_count,
-                                      dev->data, dev->data_size);
+    int err = vfu_msg_set_region_caps(&answer->msg, argsz, region->typed ? &type : NULL, region->areas, areas, dev->data,
+                                      dev->data_size);
     if (answer->msg.u.region_info.truncated)
         answer->fd_count = 0; /* the client asks again */
     return err;

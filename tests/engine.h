@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * For test_engine.c: starts the engine as a program, and talks to it with nothing but a socket. Nothing of vfu.h is used here, so that
- * a mistake made there is not made here again: the numbers and layouts are taken from the specification and from linux/vfio.h.
+ * For test_engine.c: starts the engine as a program, and talks to it with nothing but a socket. Nothing of vfu.h is used here, so
+ * that a mistake made there is not made here again: the numbers and layouts are taken from the specification and from
+ * linux/vfio.h.
  *
  * The engine that is started: $VFU_ENGINE, else dma_engine in $VFU_EXAMPLES, else build/examples/dma_engine.
  */
@@ -40,7 +41,7 @@ enum {
     PATIENCE = 30000, /* milliseconds that anything may take which has to happen at all; a loaded machine is slow */
 };
 
-/* ---- the wire ----------------------------------------------------------------------------------------------------------------------- */
+/* ---- the wire -------------------------------------------------------------------------------------------------------------- */
 
 enum {
     VERSION = 1,
@@ -114,7 +115,7 @@ typedef struct dma_access {
     uint64_t address, count;
 } dma_access;
 
-/* ---- time ----------------------------------------------------------------------------------------------------------------------------- */
+/* ---- time ------------------------------------------------------------------------------------------------------------------ */
 
 static inline int64_t now_ms(void)
 {
@@ -129,13 +130,13 @@ static inline void nap(void)
     nanosleep(&t, NULL);
 }
 
-/* ---- the program ------------------------------------------------------------------------------------------------------------------------ */
+/* ---- the program ----------------------------------------------------------------------------------------------------------- */
 
 typedef struct program {
-    pid_t pid;              /* 0: none */
-    char path[100];         /* of its socket */
+    pid_t pid;               /* 0: none */
+    char path[100];          /* of its socket */
     char out[100], err[100]; /* what it prints */
-    unsigned idle_fds;      /* descriptors it has open without a client */
+    unsigned idle_fds;       /* descriptors it has open without a client */
 } program;
 
 /* Everything that a run leaves in the file system is in here. */
@@ -171,11 +172,11 @@ static inline void redirect(int fd, const char *path)
     close(file);
 }
 
-/* Starts it with these arguments (NULL ends them), `inherited` open, and at most `files` descriptors (0: as many as we). It dies
- * with us. */
+/* Starts it with these arguments (NULL ends them), `inherited` open, and at most `files` descriptors (0: as many as we). It
+ * dies with us. */
 static inline void spawn(program *g, const char *const *arguments, int inherited, rlim_t files)
 {
-    char *argv[16] = {(char *)(uintptr_t)"dma_engine"};
+    char *argv[16] = {(char *)(uintptr_t) "dma_engine"};
     for (unsigned i = 0; arguments[i] && i < 14; i++)
         argv[i + 1] = (char *)(uintptr_t)arguments[i];
     g->pid = fork();
@@ -285,32 +286,33 @@ static inline int listen_at(const char *path)
     return fd;
 }
 
-/* ---- the engine of a test ------------------------------------------------------------------------------------------------------------------- */
+/* ---- the engine of a test -------------------------------------------------------------------------------------------------- */
 
 static program engine;
 
 /* Ends the test, and says what the engine said. */
-#define FAIL(...)                                                                                                                          \
-    do {                                                                                                                                   \
-        char why_[400];                                                                                                                    \
-        snprintf(why_, sizeof(why_), __VA_ARGS__);                                                                                         \
-        ck_abort_msg("%s; the engine %s and printed: %.2000s", why_, is_running(&engine) ? "runs" : "has ended", text_of(engine.err, 0)); \
+#define FAIL(...)                                                                                                                \
+    do {                                                                                                                         \
+        char why_[400];                                                                                                          \
+        snprintf(why_, sizeof(why_), __VA_ARGS__);                                                                               \
+        ck_abort_msg("%s; the engine %s and printed: %.2000s", why_, is_running(&engine) ? "runs" : "has ended",                 \
+                     text_of(engine.err, 0));                                                                                    \
     } while (0)
 
-#define MUST(condition)                                                                                                                    \
-    do {                                                                                                                                   \
-        if (!(condition))                                                                                                                  \
-            FAIL("not so: %s", #condition);                                                                                                \
+#define MUST(condition)                                                                                                          \
+    do {                                                                                                                         \
+        if (!(condition))                                                                                                        \
+            FAIL("not so: %s", #condition);                                                                                      \
     } while (0)
 
 /* Both are written as wide numbers; a negative one is large. */
-#define SAME(left, right)                                                                                                                  \
-    do {                                                                                                                                   \
-        uint64_t left_ = (uint64_t)(left), right_ = (uint64_t)(right);                                                                     \
-        if (left_ != right_)                                                                                                               \
-            FAIL("%s is 0x%llx, not %s, 0x%llx", #left, (unsigned long long)left_, #right, (unsigned long long)right_);                    \
-        else                                                                                                                               \
-            mark_point();                                                                                                                  \
+#define SAME(left, right)                                                                                                        \
+    do {                                                                                                                         \
+        uint64_t left_ = (uint64_t)(left), right_ = (uint64_t)(right);                                                           \
+        if (left_ != right_)                                                                                                     \
+            FAIL("%s is 0x%llx, not %s, 0x%llx", #left, (unsigned long long)left_, #right, (unsigned long long)right_);          \
+        else                                                                                                                     \
+            mark_point();                                                                                                        \
     } while (0)
 
 /* Entries of /proc/PID/fd that it has open, but for the one we look with. */
@@ -357,7 +359,8 @@ static inline void start_limited(const char *option, rlim_t files)
 
 static inline void start(const char *option) { start_limited(option, 0); }
 
-/* "SIGTERM and SIGINT end it with status 0 and remove the socket file it made." Leaks that a sanitizer finds change the status. */
+/* "SIGTERM and SIGINT end it with status 0 and remove the socket file it made." Leaks that a sanitizer finds change the
+ * status. */
 static inline void stop_with(int number)
 {
     MUST(is_running(&engine));
@@ -369,7 +372,7 @@ static inline void stop_with(int number)
 
 static inline void stop(void) { stop_with(SIGTERM); }
 
-/* ---- a client ------------------------------------------------------------------------------------------------------------------------------------ */
+/* ---- a client -------------------------------------------------------------------------------------------------------------- */
 
 /* Memory that the engine may reach by message, and what it may do there. */
 typedef struct window {
@@ -445,7 +448,8 @@ static inline bool receive_bytes(int fd, void *buf, size_t len, frame *f)
     int64_t until = now_ms() + PATIENCE;
     for (size_t done = 0; done < len;) {
         struct iovec part = {.iov_base = (uint8_t *)buf + done, .iov_len = len - done};
-        struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = control.room, .msg_controllen = sizeof(control.room)};
+        struct msghdr message = {
+            .msg_iov = &part, .msg_iovlen = 1, .msg_control = control.room, .msg_controllen = sizeof(control.room)};
         struct pollfd wait = {.fd = fd, .events = POLLIN};
         if (poll(&wait, 1, 1000) <= 0) {
             if (now_ms() > until || !is_running(&engine))
@@ -506,7 +510,8 @@ static inline bool send_message(int fd, header h, const void *body, uint32_t len
 }
 
 /* Sends a request; its id. */
-static inline uint16_t post_with(peer *p, uint16_t cmd, uint32_t flags, const void *body, uint32_t len, const int *fds, unsigned fd_count)
+static inline uint16_t post_with(peer *p, uint16_t cmd, uint32_t flags, const void *body, uint32_t len, const int *fds,
+                                 unsigned fd_count)
 {
     uint16_t id = p->id++;
     if (!send_message(p->fd, (header){.id = id, .cmd = cmd, .flags = flags}, body, len, fds, fd_count))
@@ -514,7 +519,10 @@ static inline uint16_t post_with(peer *p, uint16_t cmd, uint32_t flags, const vo
     return id;
 }
 
-static inline uint16_t post(peer *p, uint16_t cmd, const void *body, uint32_t len) { return post_with(p, cmd, 0, body, len, NULL, 0); }
+static inline uint16_t post(peer *p, uint16_t cmd, const void *body, uint32_t len)
+{
+    return post_with(p, cmd, 0, body, len, NULL, 0);
+}
 
 /* The window with this address, or NULL. */
 static inline window *window_at(peer *p, uint64_t iova)
@@ -694,7 +702,7 @@ static inline void await_close(peer *p)
     leave(p);
 }
 
-/* ---- memory ------------------------------------------------------------------------------------------------------------------------------------------- */
+/* ---- memory ---------------------------------------------------------------------------------------------------------------- */
 
 /* A file that can be shared, and our view of it. */
 typedef struct memory {
@@ -749,7 +757,8 @@ enum { WITHOUT_FD = 0, WITH_FD = 1 };
 /* Shares memory, from `offset` on. Returns the errno of the reply. */
 static inline int try_map(peer *p, uint64_t iova, uint64_t size, uint32_t prot, const memory *m, uint64_t offset, int with_fd)
 {
-    map_request request = {.argsz = sizeof(request), .flags = prot, .offset = with_fd ? offset : 0, .address = iova, .size = size};
+    map_request request = {
+        .argsz = sizeof(request), .flags = prot, .offset = with_fd ? offset : 0, .address = iova, .size = size};
     int err = call_with(p, DMA_MAP, &request, sizeof(request), m ? &m->fd : NULL, with_fd ? 1 : 0);
     if (!err) {
         MUST(p->window_count < WINDOWS);
@@ -785,7 +794,7 @@ static inline void unmap(peer *p, uint64_t iova, uint64_t size)
     forget(p, iova, size);
 }
 
-/* ---- regions -------------------------------------------------------------------------------------------------------------------------------------------- */
+/* ---- regions --------------------------------------------------------------------------------------------------------------- */
 
 static inline int try_read(peer *p, uint32_t region, uint64_t offset, void *buf, uint32_t len)
 {
@@ -843,7 +852,7 @@ static inline void put(peer *p, uint32_t region, uint64_t offset, uint32_t width
     write_region(p, region, offset, bytes, width);
 }
 
-/* ---- the engine's registers -------------------------------------------------------------------------------------------------------------------------------- */
+/* ---- the engine's registers ------------------------------------------------------------------------------------------------ */
 
 enum {
     MAGIC = 0x00,
@@ -920,7 +929,7 @@ static inline void refuse(peer *p, uint32_t command, uint64_t dst, uint64_t src,
     SAME(reg(p, FAULT), fault);
 }
 
-/* ---- interrupts and configuration space --------------------------------------------------------------------------------------------------------------------- */
+/* ---- interrupts and configuration space ------------------------------------------------------------------------------------ */
 
 static inline int make_event(void)
 {
@@ -938,7 +947,8 @@ static inline uint64_t signalled(int fd, int timeout_ms)
     return count;
 }
 
-static inline int set_irqs(peer *p, uint32_t flags, uint32_t index, uint32_t first, uint32_t count, const int *fds, unsigned fd_count)
+static inline int set_irqs(peer *p, uint32_t flags, uint32_t index, uint32_t first, uint32_t count, const int *fds,
+                           unsigned fd_count)
 {
     irq_set request = {.argsz = sizeof(request), .flags = flags, .index = index, .start = first, .count = count};
     return call_with(p, SET_IRQS, &request, sizeof(request), fds, fd_count);
@@ -976,7 +986,7 @@ static inline void function_level_reset(peer *p)
     put(p, CONFIG, at, 2, get(p, CONFIG, at, 2) | 0x8000);
 }
 
-/* ---- SIGUSR1 ------------------------------------------------------------------------------------------------------------------------------------------------- */
+/* ---- SIGUSR1 --------------------------------------------------------------------------------------------------------------- */
 
 /* What the engine prints for SIGUSR1: from "table begin" to the line "table end N", N is returned. */
 static inline unsigned ask_table(char *text, size_t room)

@@ -36,9 +36,10 @@ static void end(memory *m)
     free_memory(m);
 }
 
-/* ---- command line ------------------------------------------------------------------------------------------------------------------------- */
+/* ---- command line ---------------------------------------------------------------------------------------------------------- */
 
-/* "Wrong arguments print usage to standard error, status 2." "`dma_engine (--socket-path=PATH | --fd=N) [--verbose] [--no-mmap]`" */
+/* "Wrong arguments print usage to standard error, status 2." "`dma_engine (--socket-path=PATH | --fd=N) [--verbose]
+ * [--no-mmap]`" */
 START_TEST(test_engine_wrong_arguments)
 {
     static const char *const cases[][4] = {
@@ -152,7 +153,8 @@ START_TEST(test_engine_live_socket)
 }
 END_TEST
 
-/* The same, where the live one is somebody else's: one that accepts nobody until nobody more can wait, and one that speaks datagrams. */
+/* The same, where the live one is somebody else's: one that accepts nobody until nobody more can wait, and one that speaks
+ * datagrams. */
 START_TEST(test_engine_live_socket_of_others)
 {
     for (unsigned i = 0; i < 3; i++) {
@@ -262,7 +264,8 @@ START_TEST(test_engine_tcp_descriptor)
 }
 END_TEST
 
-/* "It stays in the foreground. SIGTERM and SIGINT end it with status 0 and remove the socket file it made.": whatever it is doing. */
+/* "It stays in the foreground. SIGTERM and SIGINT end it with status 0 and remove the socket file it made.": whatever it is
+ * doing. */
 START_TEST(test_engine_end_by_signal)
 {
     enum { NOBODY, GREETING, CLIENT, WORKING, WAITING_FOR_DMA, PAUSED, STATES };
@@ -356,7 +359,8 @@ START_TEST(test_engine_verbose)
 }
 END_TEST
 
-/* The comment at print_table in the engine: "SIGUSR1: every mapping, for people and tests." Whatever it does besides isn't disturbed. */
+/* The comment at print_table in the engine: "SIGUSR1: every mapping, for people and tests." Whatever it does besides isn't
+ * disturbed. */
 START_TEST(test_engine_table)
 {
     char text[2000];
@@ -406,7 +410,7 @@ START_TEST(test_engine_table_storm)
 }
 END_TEST
 
-/* ---- clients that come and go ---------------------------------------------------------------------------------------------------------------- */
+/* ---- clients that come and go ---------------------------------------------------------------------------------------------- */
 
 /* Waits until the engine has no more descriptors open than before, and nothing of ours mapped. */
 static void await_idle(unsigned fds)
@@ -459,8 +463,8 @@ START_TEST(test_engine_client_leaves)
 }
 END_TEST
 
-/* A client that dies at any point leaves no mapping, descriptor or interrupt behind, and the next is served: a session is cut off
- * after each of its bytes. */
+/* A client that dies at any point leaves no mapping, descriptor or interrupt behind, and the next is served: a session is cut
+ * off after each of its bytes. */
 START_TEST(test_engine_client_dies_anywhere)
 {
     memory m = make_memory(MIB, SEALED);
@@ -482,9 +486,9 @@ START_TEST(test_engine_client_dies_anywhere)
         const int *fds;
         unsigned fd_count;
     } session[] = {
-        {VERSION, version, sizeof(version), NULL, 0},      {DMA_MAP, &mapping, sizeof(mapping), &m.fd, 1},
-        {SET_IRQS, &irqs, sizeof(irqs), events, 4},        {REGION_WRITE, &operand, 24, NULL, 0},
-        {REGION_WRITE, &length, 24, NULL, 0},              {REGION_WRITE, &command, 20, NULL, 0},
+        {VERSION, version, sizeof(version), NULL, 0},   {DMA_MAP, &mapping, sizeof(mapping), &m.fd, 1},
+        {SET_IRQS, &irqs, sizeof(irqs), events, 4},     {REGION_WRITE, &operand, 24, NULL, 0},
+        {REGION_WRITE, &length, 24, NULL, 0},           {REGION_WRITE, &command, 20, NULL, 0},
         {DMA_MAP, &mapping, sizeof(mapping), &m.fd, 1}, /* refused, with its descriptor */
     };
     start(NULL);
@@ -816,8 +820,8 @@ START_TEST(test_engine_sleeps)
 }
 END_TEST
 
-/* Bad input: a message of any size and content never crashes, hangs or desynchronises the engine; errors are header-only replies
- * (receive() checks this); NO_REPLY is never answered. */
+/* Bad input: a message of any size and content never crashes, hangs or desynchronises the engine; errors are header-only
+ * replies (receive() checks this); NO_REPLY is never answered. */
 START_TEST(test_engine_any_message)
 {
     static uint8_t body[6000];
@@ -832,7 +836,8 @@ START_TEST(test_engine_any_message)
         bool open = true, greeted_again = false;
         for (unsigned i = 0; i < 20 && open; i++) {
             static const uint32_t flags[] = {0, 0, 0, 0, NO_REPLY, NO_REPLY, ERROR, 0x40, 0xfffffff0, REPLY, REPLY | ERROR};
-            header h = {.id = (uint16_t)random64(&state), .cmd = (uint16_t)(random64(&state) % 20), .error = (uint32_t)random64(&state)};
+            header h = {
+                .id = (uint16_t)random64(&state), .cmd = (uint16_t)(random64(&state) % 20), .error = (uint32_t)random64(&state)};
             h.flags = flags[random64(&state) % COUNT(flags)];
             if (h.cmd == VERSION && random64(&state) % 16)
                 h.cmd = REGION_WRITE;
@@ -850,7 +855,8 @@ START_TEST(test_engine_any_message)
                 body[4] &= 0x3f;
             }
             if (h.cmd == REGION_READ || h.cmd == REGION_WRITE) {
-                region_access access = {random64(&state) % 0x1100, (uint32_t)random64(&state) % 10, (uint32_t)random64(&state) % 70};
+                region_access access = {random64(&state) % 0x1100, (uint32_t)random64(&state) % 10,
+                                        (uint32_t)random64(&state) % 70};
                 if (h.cmd == REGION_WRITE && random64(&state) % 8)
                     len = (uint32_t)sizeof(access) + access.count;
                 else if (random64(&state) % 8)
@@ -858,7 +864,8 @@ START_TEST(test_engine_any_message)
                 memcpy(body, &access, sizeof(access));
             }
             if (h.cmd == DMA_MAP || h.cmd == DMA_UNMAP) {
-                map_request request = {32, (uint32_t)random64(&state) % 8, 0, random64(&state) % 64 * PAGE, random64(&state) % 64 * PAGE};
+                map_request request = {32, (uint32_t)random64(&state) % 8, 0, random64(&state) % 64 * PAGE,
+                                       random64(&state) % 64 * PAGE};
                 unmap_request undo = {24, 0, random64(&state) % 64 * PAGE, random64(&state) % 64 * PAGE};
                 if (random64(&state) % 8) {
                     len = h.cmd == DMA_MAP ? sizeof(request) : sizeof(undo);
@@ -897,7 +904,7 @@ END_TEST
 
 enum { ANY_MESSAGE = 4 };
 
-/* ---- identity ------------------------------------------------------------------------------------------------------------------------------------ */
+/* ---- identity -------------------------------------------------------------------------------------------------------------- */
 
 /* "Vendor 0x1234, device 0xD3A1, subsystem 0x1234:0x0001, class 0x088000, revision 1, interrupt pin INTA." */
 START_TEST(test_engine_identity)
@@ -906,8 +913,9 @@ START_TEST(test_engine_identity)
         uint32_t offset, width;
         uint64_t value;
     } cases[] = {
-        {0x00, 2, 0x1234}, {0x02, 2, 0xd3a1}, {0x08, 1, 0x01}, {0x09, 1, 0x00}, {0x0a, 1, 0x80},    {0x0b, 1, 0x08}, {0x0e, 1, 0x00},
-        {0x2c, 2, 0x1234}, {0x2e, 2, 0x0001}, {0x3d, 1, 0x01}, {0x04, 2, 0x00}, {0x00, 4, 0xd3a11234}, {0x08, 4, 0x08800001}, {0x30, 4, 0},
+        {0x00, 2, 0x1234}, {0x02, 2, 0xd3a1},     {0x08, 1, 0x01},       {0x09, 1, 0x00},   {0x0a, 1, 0x80},
+        {0x0b, 1, 0x08},   {0x0e, 1, 0x00},       {0x2c, 2, 0x1234},     {0x2e, 2, 0x0001}, {0x3d, 1, 0x01},
+        {0x04, 2, 0x00},   {0x00, 4, 0xd3a11234}, {0x08, 4, 0x08800001}, {0x30, 4, 0},
     };
     start(NULL);
     join(P);
@@ -923,8 +931,9 @@ START_TEST(test_engine_identity)
 }
 END_TEST
 
-/* "Capabilities: power management, MSI-X with 4 vectors (table in BAR4 at 0x000, PBA in BAR4 at 0x800), PCI Express endpoint with
- * function-level reset, one vendor-specific capability." "Region 7 (configuration) is 4096 bytes, the extended space empty." */
+/* "Capabilities: power management, MSI-X with 4 vectors (table in BAR4 at 0x000, PBA in BAR4 at 0x800), PCI Express endpoint
+ * with function-level reset, one vendor-specific capability." "Region 7 (configuration) is 4096 bytes, the extended space
+ * empty." */
 START_TEST(test_engine_capabilities)
 {
     uint8_t config[4096], used[256] = {0};
@@ -951,9 +960,9 @@ START_TEST(test_engine_capabilities)
     }
     MUST(steps == 4 && seen[CAP_PM] == 1 && seen[CAP_MSIX] == 1 && seen[CAP_EXPRESS] == 1 && seen[CAP_VENDOR] == 1);
     uint32_t msix = capability(P, CAP_MSIX), express = capability(P, CAP_EXPRESS);
-    SAME(get(P, CONFIG, msix + 2, 2), 3);           /* four vectors, off */
-    SAME(get(P, CONFIG, msix + 4, 4), 0x000 | 4);   /* the table */
-    SAME(get(P, CONFIG, msix + 8, 4), 0x800 | 4);   /* the PBA */
+    SAME(get(P, CONFIG, msix + 2, 2), 3);               /* four vectors, off */
+    SAME(get(P, CONFIG, msix + 4, 4), 0x000 | 4);       /* the table */
+    SAME(get(P, CONFIG, msix + 8, 4), 0x800 | 4);       /* the PBA */
     SAME(get(P, CONFIG, express + 2, 2) >> 4 & 0xf, 0); /* an endpoint */
     SAME(get(P, CONFIG, express + 4, 4) >> 28 & 1, 1);  /* function-level reset */
     MUST(all_are(config + 256, sizeof(config) - 256, 0));
@@ -968,7 +977,8 @@ START_TEST(test_engine_capabilities)
 }
 END_TEST
 
-/* "Advertises VFIO_DEVICE_FLAGS_RESET and VFIO_DEVICE_FLAGS_PCI; 9 regions, 5 IRQ indexes: INTx 1, MSI 0, MSI-X 4, ERR 1, REQ 1." */
+/* "Advertises VFIO_DEVICE_FLAGS_RESET and VFIO_DEVICE_FLAGS_PCI; 9 regions, 5 IRQ indexes: INTx 1, MSI 0, MSI-X 4, ERR 1, REQ
+ * 1." */
 START_TEST(test_engine_device_info)
 {
     static const struct {
@@ -1151,12 +1161,12 @@ START_TEST(test_engine_msix_table)
 }
 END_TEST
 
-/* ---- windows ------------------------------------------------------------------------------------------------------------------------------------------ */
+/* ---- windows --------------------------------------------------------------------------------------------------------------- */
 
 enum { MANY = 65535 };
 
-/* Maps [from, to) as windows of a page, each with a fresh descriptor; pipelined, since it takes long enough. The files are: one that is
- * opened anew for each, or one for each. `keep` gets every 1000th file. Returns how many were refused. */
+/* Maps [from, to) as windows of a page, each with a fresh descriptor; pipelined, since it takes long enough. The files are: one
+ * that is opened anew for each, or one for each. `keep` gets every 1000th file. Returns how many were refused. */
 static unsigned map_many(unsigned from, unsigned to, uint64_t base, int file, int *keep)
 {
     enum { BATCH = 32 };
@@ -1251,8 +1261,9 @@ START_TEST(test_engine_many_files)
 }
 END_TEST
 
-/* Unmaps as the kernel has them (INTEROP): everything inside the range goes, also several windows or none; a window that would be split is
- * an error, and nothing changes. "Before a repetition starts [...] checked [...] against the table as it is then." */
+/* Unmaps as the kernel has them (INTEROP): everything inside the range goes, also several windows or none; a window that would
+ * be split is an error, and nothing changes. "Before a repetition starts [...] checked [...] against the table as it is
+ * then." */
 START_TEST(test_engine_unmaps)
 {
     char text[2000];
@@ -1285,7 +1296,7 @@ START_TEST(test_engine_unmaps)
 }
 END_TEST
 
-/* ---- registers ------------------------------------------------------------------------------------------------------------------------------------------ */
+/* ---- registers ------------------------------------------------------------------------------------------------------------- */
 
 /* The registers that keep what is written to them. */
 static const struct {
@@ -1314,8 +1325,9 @@ static void initial_registers(uint8_t *model)
     memcpy(model + 4, &version, 4);
 }
 
-/* "little endian, aligned 4- or 8-byte access; other accesses read as zero and are ignored on write"; the table's sizes and modes;
- * "An 8-byte access to two 4-byte registers acts on both". Accesses of every width at every place against a plain model. */
+/* "little endian, aligned 4- or 8-byte access; other accesses read as zero and are ignored on write"; the table's sizes and
+ * modes; "An 8-byte access to two 4-byte registers acts on both". Accesses of every width at every place against a plain
+ * model. */
 START_TEST(test_engine_register_accesses)
 {
     uint8_t model[4096], bytes[64];
@@ -1391,8 +1403,8 @@ START_TEST(test_engine_command_accesses)
 }
 END_TEST
 
-/* "A COMMAND write [...] is answered at once; the work is done after the reply has been sent, so that DMA by message never waits on a
- * client that waits for the reply." */
+/* "A COMMAND write [...] is answered at once; the work is done after the reply has been sent, so that DMA by message never
+ * waits on a client that waits for the reply." */
 START_TEST(test_engine_reply_before_work)
 {
     memory m = with_memory(NULL, MIB, WITHOUT_FD);
@@ -1425,8 +1437,8 @@ START_TEST(test_engine_reply_before_work)
 }
 END_TEST
 
-/* "While busy, writes to other registers and a second COMMAND are ignored. Other requests are served [...] while the reply to a DMA
- * message is awaited." "A COMMAND write clears ERROR and FAULT, sets STATUS to busy" */
+/* "While busy, writes to other registers and a second COMMAND are ignored. Other requests are served [...] while the reply to a
+ * DMA message is awaited." "A COMMAND write clears ERROR and FAULT, sets STATUS to busy" */
 START_TEST(test_engine_busy)
 {
     memory m = with_memory(NULL, MIB, WITHOUT_FD);
@@ -1473,7 +1485,7 @@ START_TEST(test_engine_busy)
 }
 END_TEST
 
-/* ---- commands ---------------------------------------------------------------------------------------------------------------------------------------------- */
+/* ---- commands -------------------------------------------------------------------------------------------------------------- */
 
 /* What each window may be used for, and where it is in the memory. Neighbours in addresses are none in memory. */
 enum { MODEL_SIZE = 4 * MIB };
@@ -1546,8 +1558,9 @@ static uint64_t some_address(uint64_t *state)
 /* Where windows have descriptors, and whether the engine uses them. */
 enum { DIRECT, BY_MESSAGE, MIXED, NO_MMAP, WAYS };
 
-/* The five commands, random operands, ranges over several windows, all ways to reach memory: memory, device RAM and registers equal a
- * plain model after each. "Overlapping source and destination behave as memmove within one mapping." "each repetition counted" */
+/* The five commands, random operands, ranges over several windows, all ways to reach memory: memory, device RAM and registers
+ * equal a plain model after each. "Overlapping source and destination behave as memmove within one mapping." "each repetition
+ * counted" */
 START_TEST(test_engine_random_commands)
 {
     static uint8_t model[MODEL_SIZE], ram[RAM_SIZE], got[RAM_SIZE], buffer[MIB];
@@ -1563,26 +1576,29 @@ START_TEST(test_engine_random_commands)
             _i == DIRECT || _i == NO_MMAP || (_i == MIXED && i % 2) ? WITH_FD : WITHOUT_FD);
     scramble(m.at, m.size, 6);
     memcpy(model, m.at, m.size);
-    for (unsigned i = 0; i < 350; i++) {
-        uint32_t command = (uint32_t)(1 + random64(&state) % 5), repeat = random64(&state) % 4 ? 0 : (uint32_t)(random64(&state) % 4);
-        bool reads = command == COPY || command == SUM || command == TO_RAM, writes = command == COPY || command == FILL || command == FROM_RAM;
+    for (unsigned i = 0; i < 1000; i++) {
+        uint32_t command = (uint32_t)(1 + random64(&state) % 5),
+                 repeat = random64(&state) % 4 ? 0 : (uint32_t)(random64(&state) % 4);
+        bool reads = command == COPY || command == SUM || command == TO_RAM,
+             writes = command == COPY || command == FILL || command == FROM_RAM;
         bool rams = command == TO_RAM || command == FROM_RAM;
         static const uint64_t limits[] = {16, 200, 5000, 70000, 300000};
         uint64_t len = 1 + random64(&state) % limits[random64(&state) % (rams ? 3 : COUNT(limits))];
         uint64_t src = some_address(&state), dst = some_address(&state), pattern = random64(&state), fault = 0;
         if (random64(&state) % 4 == 0) /* close together */
             dst = src + random64(&state) % (2 * len) - len;
-        if (command == TO_RAM)
-            dst = random64(&state) % (RAM_SIZE - len + (random64(&state) % 8 ? 1 : 100));
-        if (command == FROM_RAM)
-            src = random64(&state) % (RAM_SIZE - len + (random64(&state) % 8 ? 1 : 100));
+        if (rams) { /* one side is device RAM, and now and then a bit beyond its end */
+            uint64_t room = RAM_SIZE - len,
+                     offset = random64(&state) % 8 ? random64(&state) % (room + 1) : room + 1 + random64(&state) % 100;
+            *(command == TO_RAM ? &dst : &src) = offset;
+        }
         bool overlap = dst - src < len || src - dst < len;
         if (command == COPY && overlap && layout_at(src < dst ? src : dst) != layout_at((src < dst ? dst : src) + len - 1))
             continue; /* the contract says nothing of an overlap beyond one mapping */
 
         uint32_t error = 0;
-        if ((reads && len - 1 > UINT64_MAX - src) || (writes && len - 1 > UINT64_MAX - dst) || (command == TO_RAM && dst + len > RAM_SIZE) ||
-            (command == FROM_RAM && src + len > RAM_SIZE))
+        if ((reads && len - 1 > UINT64_MAX - src) || (writes && len - 1 > UINT64_MAX - dst) ||
+            (command == TO_RAM && dst + len > RAM_SIZE) || (command == FROM_RAM && src + len > RAM_SIZE))
             error = EINVAL;
         if (!error && reads)
             error = model_check(src, len, READABLE, &fault);
@@ -1611,7 +1627,8 @@ START_TEST(test_engine_random_commands)
         set(P, REPEAT, repeat);
         uint32_t is = run(P, command, dst, src, len);
         if (is != error || reg(P, FAULT) != fault || reg(P, COMPLETED) != completed || memcmp(m.at, model, m.size) != 0)
-            FAIL("command %u, number %u: dst 0x%llx src 0x%llx len 0x%llx repeat %u: error %u, not %u; fault 0x%llx, not 0x%llx; completed "
+            FAIL("command %u, number %u: dst 0x%llx src 0x%llx len 0x%llx repeat %u: error %u, not %u; fault 0x%llx, not 0x%llx; "
+                 "completed "
                  "%llu, not %llu; memory is %s",
                  command, i, (unsigned long long)dst, (unsigned long long)src, (unsigned long long)len, repeat, is, error,
                  (unsigned long long)reg(P, FAULT), (unsigned long long)fault, (unsigned long long)reg(P, COMPLETED),
@@ -1657,7 +1674,8 @@ START_TEST(test_engine_overlaps)
 }
 END_TEST
 
-/* "LEN | bytes; 1 to 16 MiB": the ends of it, for every command. "EINVAL (LEN out of range, [...] RAM offset out of range; FAULT 0)" */
+/* "LEN | bytes; 1 to 16 MiB": the ends of it, for every command. "EINVAL (LEN out of range, [...] RAM offset out of range;
+ * FAULT 0)" */
 START_TEST(test_engine_lengths)
 {
     static const struct {
@@ -1766,8 +1784,8 @@ START_TEST(test_engine_invalid_commands)
 }
 END_TEST
 
-/* "how often the command is done, 0 counts as 1"; "commands done since reset, each repetition counted"; "SUM the bytes of SRC into
- * RESULT (modulo 2^64)" */
+/* "how often the command is done, 0 counts as 1"; "commands done since reset, each repetition counted"; "SUM the bytes of SRC
+ * into RESULT (modulo 2^64)" */
 START_TEST(test_engine_repetitions)
 {
     memory m = with_memory(NULL, MIB, _i ? WITHOUT_FD : WITH_FD);
@@ -1788,9 +1806,9 @@ START_TEST(test_engine_repetitions)
 }
 END_TEST
 
-/* "Before a repetition starts, the whole source is checked in ascending order, then the whole destination, against the table as it is
- * then. Where any byte is not readable or not writable, no byte moves, STATUS is 3, ERROR is ENOENT (no mapping), EACCES (permission)
- * [...], and FAULT is the first such IOVA." */
+/* "Before a repetition starts, the whole source is checked in ascending order, then the whole destination, against the table as
+ * it is then. Where any byte is not readable or not writable, no byte moves, STATUS is 3, ERROR is ENOENT (no mapping), EACCES
+ * (permission) [...], and FAULT is the first such IOVA." */
 START_TEST(test_engine_refusals)
 {
     enum { RW = 0x100000, RO = 0x140000, WO = 0x180000, ABOVE = 0x1c0000, HOLE = 0x200000, AFTER = 0x210000, SIZE = 0x40000 };
@@ -1845,9 +1863,11 @@ START_TEST(test_engine_refusals)
         uint32_t error = run(P, cases[i].command, cases[i].dst, cases[i].src, cases[i].len);
         uint64_t fault = reg(P, FAULT);
         read_region(P, BAR2, 0, ram, RAM_SIZE);
-        if (error != cases[i].error || fault != cases[i].fault || memcmp(before.at, m.at, m.size) || memcmp(before_ram, ram, RAM_SIZE))
-            FAIL("%s: error %u, not %u; fault 0x%llx, not 0x%llx; bytes %s", cases[i].what, error, cases[i].error, (unsigned long long)fault,
-                 (unsigned long long)cases[i].fault, memcmp(before.at, m.at, m.size) ? "moved" : "are right");
+        if (error != cases[i].error || fault != cases[i].fault || memcmp(before.at, m.at, m.size) ||
+            memcmp(before_ram, ram, RAM_SIZE))
+            FAIL("%s: error %u, not %u; fault 0x%llx, not 0x%llx; bytes %s", cases[i].what, error, cases[i].error,
+                 (unsigned long long)fault, (unsigned long long)cases[i].fault,
+                 memcmp(before.at, m.at, m.size) ? "moved" : "are right");
         SAME(reg(P, STATUS), FAILED);
     }
     SAME(reg(P, COMPLETED), 0);
@@ -1857,8 +1877,8 @@ START_TEST(test_engine_refusals)
 }
 END_TEST
 
-/* "against the table as it is then": what was unmapped is gone for the next command, and for the next repetition; "DMA_UNMAP of a window
- * in use [...] end a transfer: nothing moves after their reply (ENOENT for the unmap)". */
+/* "against the table as it is then": what was unmapped is gone for the next command, and for the next repetition; "DMA_UNMAP of
+ * a window in use [...] end a transfer: nothing moves after their reply (ENOENT for the unmap)". */
 START_TEST(test_engine_unmap_while_repeating)
 {
     memory m = make_memory(2 * MIB, SEALED);
@@ -1903,12 +1923,12 @@ START_TEST(test_engine_unmap_while_repeating)
 }
 END_TEST
 
-/* ---- memory that goes away ------------------------------------------------------------------------------------------------------------------------------- */
+/* ---- memory that goes away ------------------------------------------------------------------------------------------------- */
 
 enum { PAGES = 64, LEFT = 21 };
 
-/* "EFAULT, the memory behind the mapping is gone (the client shrank the file), FAULT lies in the first page that is gone, pages that are
- * still backed stay usable" */
+/* "EFAULT, the memory behind the mapping is gone (the client shrank the file), FAULT lies in the first page that is gone, pages
+ * that are still backed stay usable" */
 START_TEST(test_engine_shrunken_file)
 {
     static const struct {
@@ -1918,21 +1938,22 @@ START_TEST(test_engine_shrunken_file)
     } cases[] = {
         {SUM, 0, 0, PAGES * PAGE, LEFT},
         {SUM, 0, LEFT * PAGE - 1, 2, LEFT},
-        {SUM, 0, LEFT *PAGE, 1, LEFT},
+        {SUM, 0, LEFT * PAGE, 1, LEFT},
         {SUM, 0, 40 * PAGE + 7, 3 * PAGE, 40},
-        {FILL, LEFT *PAGE - 100, 0, 10 * PAGE, LEFT},
-        {FILL, 0, 0, PAGES *PAGE, LEFT},
+        {FILL, LEFT * PAGE - 100, 0, 10 * PAGE, LEFT},
+        {FILL, 0, 0, PAGES * PAGE, LEFT},
         {FILL, 50 * PAGE, 0, 3, 50},
         {TO_RAM, 0, 18 * PAGE + 1, 8 * PAGE, LEFT},
         {TO_RAM, 0, 63 * PAGE, PAGE, 63},
         {FROM_RAM, 20 * PAGE + 1, 0, 8 * PAGE, LEFT},
         {FROM_RAM, 33 * PAGE + 1, 0, 8 * PAGE, 33},
-        {COPY, 0, 17 * PAGE, 10 * PAGE, LEFT},              /* from what is gone */
-        {COPY, 17 * PAGE, 0, 10 * PAGE, LEFT},              /* to it */
+        {COPY, 0, 17 * PAGE, 10 * PAGE, LEFT}, /* from what is gone */
+        {COPY, 17 * PAGE, 0, 10 * PAGE, LEFT}, /* to it */
         {COPY, 0, 30 * PAGE, 10 * PAGE, 30},
         {COPY, 30 * PAGE, 0, 10 * PAGE, 30},
         {COPY, 17 * PAGE, 17 * PAGE + 100, 10 * PAGE, LEFT}, /* overlapping, downwards */
-        {COPY, 17 * PAGE + 100, 17 * PAGE, 10 * PAGE, LEFT}, /* upwards: backwards as memmove goes, but the first page all the same */
+        {COPY, 17 * PAGE + 100, 17 * PAGE, 10 * PAGE,
+         LEFT}, /* upwards: backwards as memmove goes, but the first page all the same */
         {COPY, 40 * PAGE + 8, 40 * PAGE, 10 * PAGE, 40},
     };
     uint8_t ram[1];
@@ -1951,8 +1972,8 @@ START_TEST(test_engine_shrunken_file)
             uint32_t error = run(P, cases[i].command, dst, src, cases[i].len);
             uint64_t fault = reg(P, FAULT), from = AT + (uint64_t)cases[i].gone * PAGE;
             if (error != EFAULT || fault < from || fault >= from + PAGE)
-                FAIL("case %u: error %u, fault 0x%llx, not in [0x%llx, 0x%llx)", i, error, (unsigned long long)fault, (unsigned long long)from,
-                     (unsigned long long)(from + PAGE));
+                FAIL("case %u: error %u, fault 0x%llx, not in [0x%llx, 0x%llx)", i, error, (unsigned long long)fault,
+                     (unsigned long long)from, (unsigned long long)(from + PAGE));
             /* the pages that are left, and other windows */
             scramble(m.at, LEFT * PAGE, i);
             SAME(run(P, COPY, other + 3, AT, LEFT * PAGE), 0);
@@ -1991,7 +2012,8 @@ START_TEST(test_engine_short_file)
     memory m = make_memory(2 * PAGE, SHRINKABLE), full = make_memory(2 * PAGE, SEALED);
     start(NULL);
     join(P);
-    map_request requests[] = {{32, 3, 0, AT, 5 * PAGE}, {32, 3, PAGE, AT, 4 * PAGE}, {32, 3, 7 * PAGE, AT, PAGE}, {32, 3, 0, AT, PAGE}};
+    map_request requests[] = {
+        {32, 3, 0, AT, 5 * PAGE}, {32, 3, PAGE, AT, 4 * PAGE}, {32, 3, 7 * PAGE, AT, PAGE}, {32, 3, 0, AT, PAGE}};
     for (unsigned i = 0; i < 2 * COUNT(requests); i++) {
         map_request *r = &requests[i / 2];
         if (call_with(P, DMA_MAP, r, sizeof(*r), i % 2 ? &full.fd : &m.fd, 1) != 0)
@@ -2045,10 +2067,10 @@ START_TEST(test_engine_shrinks_while_repeating)
 }
 END_TEST
 
-/* ---- by message -------------------------------------------------------------------------------------------------------------------------------------------- */
+/* ---- by message ------------------------------------------------------------------------------------------------------------ */
 
-/* "`--no-mmap`: never map client file descriptors; every DMA travels as DMA_READ / DMA_WRITE messages." "Messages are at most 128 KiB each,
- * whatever larger limit the client offers": with the limits that clients offer; dma_of() checks each message. */
+/* "`--no-mmap`: never map client file descriptors; every DMA travels as DMA_READ / DMA_WRITE messages." "Messages are at most
+ * 128 KiB each, whatever larger limit the client offers": with the limits that clients offer; dma_of() checks each message. */
 START_TEST(test_engine_message_limits)
 {
     static const struct {
@@ -2085,7 +2107,8 @@ START_TEST(test_engine_message_limits)
 }
 END_TEST
 
-/* "`max_data_xfer_size` 0 is refused at VERSION": an error, or the end; the next client is served. And other VERSIONs that can't work. */
+/* "`max_data_xfer_size` 0 is refused at VERSION": an error, or the end; the next client is served. And other VERSIONs that
+ * can't work. */
 START_TEST(test_engine_refused_versions)
 {
     static const struct {
@@ -2155,9 +2178,11 @@ static memory hold_first(uint32_t command, uint64_t dst, uint64_t src, uint64_t 
 }
 
 /* Sends a reply to the held message, made of these. */
-static void reply_raw(peer *p, const frame *f, uint16_t id, uint16_t cmd, uint32_t flags, uint32_t error, const void *body, uint32_t len)
+static void reply_raw(peer *p, const frame *f, uint16_t id, uint16_t cmd, uint32_t flags, uint32_t error, const void *body,
+                      uint32_t len)
 {
-    MUST(send_message(p->fd, (header){.id = id, .cmd = cmd ? cmd : f->h.cmd, .flags = REPLY | flags, .error = error}, body, len, NULL, 0));
+    MUST(send_message(p->fd, (header){.id = id, .cmd = cmd ? cmd : f->h.cmd, .flags = REPLY | flags, .error = error}, body, len,
+                      NULL, 0));
 }
 
 /* The body of a right reply to the held message; returns its length. */
@@ -2170,12 +2195,26 @@ static uint32_t right_body(peer *p, const frame *f, uint8_t *body)
     return (uint32_t)(sizeof(access) + (f->h.cmd == DMA_READ ? access.count : 0));
 }
 
-/* "EIO, the client refused or broke the message transfer (also: wrong address, count or length in its reply), FAULT is the first IOVA of
- * that message." In each way, in the first message of a command and in the second; what comes too late is discarded, and the next command
- * works. */
+/* "EIO, the client refused or broke the message transfer (also: wrong address, count or length in its reply), FAULT is the
+ * first IOVA of that message." In each way, in the first message of a command and in the second; what comes too late is
+ * discarded, and the next command works. */
 START_TEST(test_engine_broken_replies)
 {
-    enum { REFUSED, REFUSED_SILENTLY, ADDRESS, ADDRESS_FAR, LESS, MORE, NOTHING, SHORT, LONG, EMPTY, OTHER_COMMAND, ALIEN_COMMAND, KINDS };
+    enum {
+        REFUSED,
+        REFUSED_SILENTLY,
+        ADDRESS,
+        ADDRESS_FAR,
+        LESS,
+        MORE,
+        NOTHING,
+        SHORT,
+        LONG,
+        EMPTY,
+        OTHER_COMMAND,
+        ALIEN_COMMAND,
+        KINDS
+    };
     static uint8_t body[200 * KIB];
     memory m = with_memory("--no-mmap", MIB, WITH_FD);
     for (unsigned i = 0; i < KINDS * 4; i++) {
@@ -2373,15 +2412,17 @@ START_TEST(test_engine_impossible_replies)
 }
 END_TEST
 
-/* "DMA_UNMAP of a window in use [...] end a transfer: nothing moves after their reply (ENOENT for the unmap); a late reply to its message is
- * discarded." The window is source or destination, is being read or written, is mapped again at once, is unmapped with all others. */
+/* "DMA_UNMAP of a window in use [...] end a transfer: nothing moves after their reply (ENOENT for the unmap); a late reply to
+ * its message is discarded." The window is source or destination, is being read or written, is mapped again at once, is
+ * unmapped with all others. */
 START_TEST(test_engine_unmap_during_message)
 {
     enum { SOURCE_READ, DESTINATION_READ, SOURCE_WRITE, DESTINATION_WRITE, PHASES };
     enum { EXACT, LARGER, ALL, AND_BACK, WAYS_TO_UNMAP };
     static uint8_t body[200 * KIB];
     unsigned phase = (unsigned)_i % PHASES, way = (unsigned)_i / PHASES;
-    uint64_t src = UINT64_C(0x100000000), dst = UINT64_C(0x200000000), gone = phase == SOURCE_READ || phase == SOURCE_WRITE ? src : dst;
+    uint64_t src = UINT64_C(0x100000000), dst = UINT64_C(0x200000000),
+             gone = phase == SOURCE_READ || phase == SOURCE_WRITE ? src : dst;
     memory a = make_memory(MIB, SEALED), b = make_memory(MIB, SEALED);
     MUST(way < WAYS_TO_UNMAP);
     start(NULL);
@@ -2446,7 +2487,8 @@ END_TEST
 
 enum { UNMAP_DURING_MESSAGE = 16 };
 
-/* An unmap of a window that isn't in use ends nothing; of one whose turn has not come, ends the transfer, and no message goes there. */
+/* An unmap of a window that isn't in use ends nothing; of one whose turn has not come, ends the transfer, and no message goes
+ * there. */
 START_TEST(test_engine_unmap_others_during_message)
 {
     memory m = make_memory(4 * MIB, SEALED);
@@ -2480,8 +2522,8 @@ START_TEST(test_engine_unmap_others_during_message)
 }
 END_TEST
 
-/* "device reset [...] end a transfer: nothing moves after their reply [...]; a late reply to its message is discarded": also where the next
- * command asks for the very same bytes. */
+/* "device reset [...] end a transfer: nothing moves after their reply [...]; a late reply to its message is discarded": also
+ * where the next command asks for the very same bytes. */
 START_TEST(test_engine_reset_during_message)
 {
     static uint8_t body[200 * KIB];
@@ -2547,7 +2589,7 @@ START_TEST(test_engine_disconnect_during_message)
 }
 END_TEST
 
-/* ---- interrupts ----------------------------------------------------------------------------------------------------------------------------------------------- */
+/* ---- interrupts ------------------------------------------------------------------------------------------------------------ */
 
 /* Starts a command and waits for its end without a look at STATUS, which would lower INTx. */
 static void run_blindly(uint64_t dst, uint64_t src)
@@ -2560,8 +2602,8 @@ static void run_blindly(uint64_t dst, uint64_t src)
     sync_up(P);
 }
 
-/* "NOTIFY acts once per command, when it ends, done or failed, after STATUS and the data." "1 + v: MSI-X vector v when MSI-X is enabled in
- * configuration space" */
+/* "NOTIFY acts once per command, when it ends, done or failed, after STATUS and the data." "1 + v: MSI-X vector v when MSI-X is
+ * enabled in configuration space" */
 START_TEST(test_engine_msix)
 {
     int events[4];
@@ -2660,8 +2702,8 @@ START_TEST(test_engine_msix_absent)
 }
 END_TEST
 
-/* "INTx is a level: asserted from then until STATUS is read while not busy, the next COMMAND, or a reset; bit 3 of the configuration status
- * register shows it" */
+/* "INTx is a level: asserted from then until STATUS is read while not busy, the next COMMAND, or a reset; bit 3 of the
+ * configuration status register shows it" */
 START_TEST(test_engine_intx_level)
 {
     int event = make_event();
@@ -2817,7 +2859,7 @@ START_TEST(test_engine_intx_mask)
 }
 END_TEST
 
-/* ---- reset and disconnect -------------------------------------------------------------------------------------------------------------------------------------- */
+/* ---- reset and disconnect -------------------------------------------------------------------------------------------------- */
 
 /* Leaves traces in all that a reset may clear. */
 static void leave_traces(const uint8_t *ram)
@@ -2841,10 +2883,10 @@ static void leave_traces(const uint8_t *ram)
     write_region(P, BAR2, 0, ram, RAM_SIZE);
 }
 
-/* "Device reset, function-level reset and disconnect stop the work and set every register to its initial value, zero but for the read-only
- * constants. Device reset and function-level reset also clear the configuration command register, BARs, MSI-X enable, the MSI-X table and
- * device RAM; DMA windows and eventfds stay. Disconnect drops windows and eventfds, clears MSI-X enable and the command register, and keeps
- * device RAM." */
+/* "Device reset, function-level reset and disconnect stop the work and set every register to its initial value, zero but for
+ * the read-only constants. Device reset and function-level reset also clear the configuration command register, BARs, MSI-X
+ * enable, the MSI-X table and device RAM; DMA windows and eventfds stay. Disconnect drops windows and eventfds, clears MSI-X
+ * enable and the command register, and keeps device RAM." */
 START_TEST(test_engine_resets)
 {
     enum { RESET, FUNCTION_RESET, POSTED_RESET, DISCONNECT };
@@ -2960,10 +3002,10 @@ START_TEST(test_engine_resets_while_repeating)
 }
 END_TEST
 
-/* ---- the greeting ------------------------------------------------------------------------------------------------------------------------------------------- */
+/* ---- the greeting ---------------------------------------------------------------------------------------------------------- */
 
-/* "A client that has not finished the VERSION exchange after ten seconds is dropped." This waits, so it runs in a process of its own beside
- * the other tests and writes into a pipe what was wrong, or "ok". */
+/* "A client that has not finished the VERSION exchange after ten seconds is dropped." This waits, so it runs in a process of
+ * its own beside the other tests and writes into a pipe what was wrong, or "ok". */
 static int greeting_verdict = -1;
 static pid_t greeting_process;
 
@@ -3073,7 +3115,7 @@ START_TEST(test_engine_greeting)
 }
 END_TEST
 
-/* ---- the suite ------------------------------------------------------------------------------------------------------------------------------------------------- */
+/* ---- the suite ------------------------------------------------------------------------------------------------------------- */
 
 static int remove_entry(const char *path, const struct stat *st, int type, struct FTW *where)
 {
