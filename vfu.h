@@ -4841,8 +4841,9 @@ struct vfu_dev {
     size_t pba_size;                /* bytes */
     vfux_intx intx;
     uint32_t irq_counts[VFU_PCI_NUM_IRQS], irq_first[VFU_PCI_NUM_IRQS], irq_total;
-    _Atomic int *irqs;        /* for each interrupt: -1, or its eventfd * 2 + 1 if a write to it could block */
-    _Atomic unsigned raisers; /* threads that may be about to write to an eventfd */
+    _Atomic int *irqs; /* for each interrupt: -1, or its eventfd * 2 + 1 if a write to it could block */
+    _Atomic unsigned raise_epoch,
+        raisers[2]; /* threads that may be about to write to an eventfd, by epoch (see vfux_irq_assign) */
 
     vfu_dma *dmas; /* under way, the oldest first */
     vfux_slot slots[VFUX_DMA_SLOTS];
@@ -5151,12 +5152,24 @@ static void vfux_mapping_removed(void *ctx, const vfu_iommu_mapping *mapping)
 
 /* ---- interrupts --------------------------------------------------------------------------------------------------------- */
 
+/* Counts the thread among the raisers of this epoch, and returns which one it is. */
+static unsigned vfux_raise_enter(vfu_dev *dev)
+{
+    for (;;) {
+        unsigned epoch = atomic_load(&dev->raise_epoch) & 1;
+        atomic_fetch_add(&dev->raisers[epoch], 1);
+        if ((atomic_load(&dev->raise_epoch) & 1) == epoch)
+            return epoch;
+        atomic_fetch_sub(&dev->raisers[epoch], 1);
+    }
+}
+
 /* Signals an interrupt that is assigned. From the moment the thread counts itself until it stops, the eventfd stays open. */
 static int vfux_irq_signal(vfu_dev *dev, uint32_t i)
 {
     uint64_t one = 1;
     int err = -ENOENT;
-    atomic_fetch_add(&dev->raisers, 1);
+    unsigned epoch = vfux_raise_enter(dev);
     int irq = atomic_load(&dev->irqs[i]);
     if (irq >= 0) {
         /* An eventfd blocks when its counter is at its end, which only the client can have done: then it is signalled
@@ -5167,16 +5180,18 @@ static int vfux_irq_signal(vfu_dev *dev, uint32_t i)
             }
         err = 0;
     }
-    atomic_fetch_sub(&dev->raisers, 1);
+    atomic_fetch_sub(&dev->raisers[epoch], 1);
     return err;
 }
 
-/* Takes fd (-1: none) for interrupt i, and closes the one it had when no thread uses it any more. */
+/* Takes fd (-1: none) for interrupt i, and closes the one it had when no thread uses it any more: those that may still use
+ * it are in the epoch that ends here, which nobody enters any more. Only the thread that polls assigns. */
 static void vfux_irq_assign(vfu_dev *dev, uint32_t i, int fd)
 {
     int blocking = fd >= 0 && !(fcntl(fd, F_GETFL) & O_NONBLOCK);
     int old = atomic_exchange(&dev->irqs[i], fd < 0 ? -1 : fd * 2 + blocking);
-    while (atomic_load(&dev->raisers))
+    unsigned epoch = atomic_fetch_add(&dev->raise_epoch, 1) & 1;
+    while (atomic_load(&dev->raisers[epoch]))
         sched_yield();
     if (old >= 0)
         close(old >> 1);
@@ -5398,15 +5413,18 @@ static void vfux_layout_test(vfu_dev *dev)
         vfux_slot_free(dev, test);
 }
 
-/* The layout is known: a read that was held is sent again, and so is a write that was sent in the wrong one. */
+/* The layout is known: a read that was held is sent again, and so is a write that was sent in the wrong one, as the socket
+ * takes them. */
 static void vfux_layout_settle(vfu_dev *dev)
 {
-    for (unsigned i = 0; i < VFUX_DMA_SLOTS; i++) {
+    for (unsigned i = 0; i < VFUX_DMA_SLOTS && dev->dma_held; i++) {
         vfux_slot *slot = &dev->slots[i];
         vfu_dma *dma = slot->dma;
         if (!dma || !slot->held)
             continue;
         if (slot->cmd == VFU_CMD_DMA_READ || dev->layout == VFU_DMA_LAYOUT_QEMU10) {
+            if (vfu_conn_is_waiting(vfux_dma_conn(dev)))
+                return;
             if (vfux_slot_send(dev, slot)) {
                 dma->fault = slot->iova;
                 vfux_dma_finish(dev, dma, -EIO);

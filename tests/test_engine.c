@@ -1628,8 +1628,7 @@ START_TEST(test_engine_random_commands)
         uint32_t is = run(P, command, dst, src, len);
         if (is != error || reg(P, FAULT) != fault || reg(P, COMPLETED) != completed || memcmp(m.at, model, m.size) != 0)
             FAIL("command %u, number %u: dst 0x%llx src 0x%llx len 0x%llx repeat %u: error %u, not %u; fault 0x%llx, not 0x%llx; "
-                 "completed "
-                 "%llu, not %llu; memory is %s",
+                 "completed %llu, not %llu; memory is %s",
                  command, i, (unsigned long long)dst, (unsigned long long)src, (unsigned long long)len, repeat, is, error,
                  (unsigned long long)reg(P, FAULT), (unsigned long long)fault, (unsigned long long)reg(P, COMPLETED),
                  (unsigned long long)completed, memcmp(m.at, model, m.size) ? "different" : "right");
