@@ -7181,7 +7181,7 @@ static int vfux_client_wait(vfu_client *client, int wake_fd, uint64_t until)
     if (!err || err == -EAGAIN)
         err = fds[0].revents & (POLLIN | POLLHUP | POLLERR) ? vfu_conn_receive(client->conn) : 0;
     if (err < 0 && err != -EAGAIN && err != -ENOBUFS)
-        return vfux_client_break(client, err == -EBADMSG ? -EPROTO : err, "descriptors were lost");
+        return vfux_client_break(client, err == -EBADMSG ? -EPROTO : err == -ECONNRESET ? -EPIPE : err, "descriptors were lost");
     return fds[1].revents != 0;
 }
 
@@ -7391,6 +7391,8 @@ VFU_API int vfu_client_region_info(vfu_client *client, uint32_t index, vfu_clien
             break;
         request.u.region_info.argsz = (uint32_t)vfux_min(reply.u.region_info.argsz, client->desc.max_data_xfer_size);
     }
+    if (!err && reply.u.region_info.truncated)
+        err = vfux_client_break(client, -EPROTO, "a region's description is cut however much of it is asked for");
     if (!err) {
         out->flags = reply.u.region_info.flags;
         out->size = reply.u.region_info.size;
@@ -7481,7 +7483,7 @@ VFU_API int vfu_client_dma_unmap(vfu_client *client, uint64_t iova, uint64_t siz
 VFU_API int vfu_client_irq_assign(vfu_client *client, uint32_t index, uint32_t start, uint32_t count, const int *eventfds)
 {
     uint32_t chunk = client->server.max_msg_fds < VFU_FDS_MAX ? client->server.max_msg_fds : VFU_FDS_MAX;
-    int err = chunk ? 0 : -EINVAL;
+    int err = chunk || !eventfds ? 0 : -EINVAL;
     for (uint32_t done = 0, part; done < count && !err; done += part) {
         vfu_msg request, reply;
         part = count - done < chunk || !eventfds ? count - done : chunk;
@@ -7522,14 +7524,16 @@ VFU_API int vfu_client_serve(vfu_client *client, int wake_fd, int timeout_ms)
     int decoded, woken = 0;
     if (!client->conn)
         return -EPIPE;
-    do {
-        int err = vfux_client_next(client, &msg, &decoded);
+    for (bool last = false; !last;) {
+        woken = vfux_client_wait(client, wake_fd, until);
+        last = woken || vfux_now_ms() > until;
+        int err =
+            client->conn ? vfux_client_next(client, &msg, &decoded) : 0; /* what was received is served, whatever ended it */
         if (err > 0)
             err = vfux_client_break(client, -EPROTO, "a reply to nothing that was asked");
         if (err < 0)
-            return err;
-        woken = vfux_client_wait(client, wake_fd, until);
-    } while (!woken && vfux_now_ms() <= until);
+            return err == -ECONNRESET ? -EPIPE : err;
+    }
     return woken == -ETIMEDOUT ? 0 : woken;
 }
 

@@ -243,7 +243,7 @@ typedef struct vfu_iommu_stuck {
 
 /* How to make a table. Zero means the default that stands at the field. */
 typedef struct vfu_iommu_desc {
-    uint32_t max_mappings;  /* 0: 65535; at most 2^31 - 1. 72 to 80 bytes each, taken from the system when first used */
+    uint32_t max_mappings;  /* 0: 65535; at most 2^31 - 1. 88 to 112 bytes each, taken from the system when first used */
     uint32_t max_readers;   /* 0: 16; at most 4096 */
     uint32_t cache_entries; /* 0: 1024; 4 bytes each per reader, a power of two, at most 2^20 */
     uint64_t granule;       /* 0: 1. Addresses and sizes of mappings and unmaps are multiples of this power of two */
@@ -284,9 +284,9 @@ VFU_API void vfu_iommu_destroy(vfu_iommu *iommu);
 /* Opens a reader for one thread. 0; -ENOSPC: max_readers are open. */
 VFU_API int vfu_iommu_reader_open(vfu_iommu *iommu, vfu_iommu_reader **out);
 
-/* The same for the thread that does all unmaps and starts and stops the dirty log, if it is just one: it can't unmap in the midst
- * of its own access, so its accesses announce nothing and save a memory fence (6 to 8 ns on some machines, less than 1 on others).
- * Other threads may have plain readers and map, but must not unmap, start or stop the log, or destroy. */
+/* The same for the thread that does all unmaps and starts and stops the dirty log, if it is just one: it can't unmap in the
+ * midst of its own access, so its accesses announce nothing and save a memory fence (6 to 8 ns on some machines, less than 1
+ * on others). Other threads may have plain readers and map, but must not unmap, start or stop the log, or destroy. */
 VFU_API int vfu_iommu_reader_open_local(vfu_iommu *iommu, vfu_iommu_reader **out);
 
 /* Closes it. Pins that were taken with it stay. NULL is fine. */
@@ -536,7 +536,7 @@ typedef struct vfux_node {
 struct vfu_iommu_reader {
     _Alignas(VFUX_LINE) _Atomic uint32_t hazard[VFUX_HAZARDS]; /* index of the node that is being accessed, 0: none */
     uint32_t *cache;                                           /* node indices, by hash of the address; only hints */
-    uint32_t cache_mask;
+    unsigned cache_bits;                                       /* log2 of their number */
     vfux_node *nodes;
     vfu_iommu *iommu;
     vfu_iommu_fault fault;
@@ -572,12 +572,13 @@ typedef struct vfux_log {
 
 struct vfu_iommu {
     _Atomic uint32_t root;
-    uint32_t free_list;          /* nodes that were used before */
-    uint32_t fresh;              /* the first node that was never used; memory above is untouched */
-    uint32_t node_count;         /* including node 0, which stands for none and is never live */
-    _Atomic uint32_t hint_count; /* a power of two, or 0; entries of `hints` in use */
+    uint32_t free_list;         /* nodes that were used before */
+    uint32_t fresh;             /* the first node that was never used; memory above is untouched */
+    uint32_t node_count;        /* including node 0, which stands for none and is never live */
+    _Atomic uint32_t hint_bits; /* log2 of the number of hints in use; 0: none are */
     uint32_t hint_max;
-    _Atomic uint32_t *hints; /* node indices, by hash of the address, for all readers; like their caches, only hints */
+    _Atomic uint32_t *hint_nodes;    /* node indices, by hash of the address, for all readers; like their caches, only hints */
+    _Atomic uintptr_t *hint_offsets; /* from IOVA to host memory: what is there can be fetched while the node is looked at */
     vfux_node *nodes;
     _Atomic(vfux_log *) log; /* NULL: no dirty log runs */
     vfu_iommu_desc desc;     /* with the defaults filled in */
@@ -649,6 +650,14 @@ static void vfux_pause(unsigned round)
 
 static uint64_t vfux_min(uint64_t a, uint64_t b) { return a < b ? a : b; }
 static uint64_t vfux_max(uint64_t a, uint64_t b) { return a > b ? a : b; }
+
+static unsigned vfux_log2(uint64_t power)
+{
+    unsigned n = 0;
+    while (power >>= 1)
+        n++;
+    return n;
+}
 
 static bool vfux_is_power_of_two(uint64_t n) { return n && !(n & (n - 1)); }
 
@@ -915,7 +924,7 @@ static bool vfux_lay_out(const vfu_iommu_desc *d, vfux_layout *l)
     l->nodes = (size_t)at;
     at += ((uint64_t)d->max_mappings + 1) * sizeof(vfux_node);
     l->hints = (size_t)at;
-    at += (uint64_t)l->hint_max * sizeof(uint32_t) + VFUX_LINE;
+    at += (uint64_t)l->hint_max * (sizeof(uint32_t) + sizeof(uintptr_t)) + VFUX_LINE;
     l->size = (size_t)at;
     return at <= SIZE_MAX;
 }
@@ -972,7 +981,8 @@ VFU_API int vfu_iommu_create(vfu_iommu **out, const vfu_iommu_desc *desc)
     t->memory = memory;
     t->memory_size = layout.size;
     t->nodes = (vfux_node *)(void *)(base + layout.nodes);
-    t->hints = (_Atomic uint32_t *)(void *)(base + layout.hints);
+    t->hint_offsets = (_Atomic uintptr_t *)(void *)(base + layout.hints);
+    t->hint_nodes = (_Atomic uint32_t *)(void *)(t->hint_offsets + layout.hint_max);
     t->hint_max = layout.hint_max;
     t->node_count = d.max_mappings + 1;
     t->fresh = 1;
@@ -984,7 +994,7 @@ VFU_API int vfu_iommu_create(vfu_iommu **out, const vfu_iommu_desc *desc)
         reader->iommu = t;
         reader->nodes = t->nodes;
         reader->cache = (uint32_t *)(void *)(base + layout.caches + r * vfux_round_line(d.cache_entries * sizeof(uint32_t)));
-        reader->cache_mask = d.cache_entries - 1;
+        reader->cache_bits = vfux_log2(d.cache_entries);
     }
 #if __STDC_HOSTED__
     pthread_mutex_init(&t->lock, NULL); /* can't fail for a plain mutex on Linux */
@@ -1092,12 +1102,15 @@ static void vfux_node_give(vfu_iommu *t, uint32_t i)
  * cleared, and so taken from the system, only when it comes into use. */
 static void vfux_grow_hints(vfu_iommu *t)
 {
-    uint32_t count = vfux_get(&t->hint_count), more = count ? count * 2 : VFUX_HINTS_MIN;
+    uint32_t bits = vfux_get(&t->hint_bits), count = bits ? UINT32_C(1) << bits : 0, more = count ? count * 2 : VFUX_HINTS_MIN;
     if (t->mappings <= count / 2 || t->mappings < VFUX_HINTS_MIN / 4 || more > t->hint_max)
         return;
-    for (uint32_t i = count; i < more; i++)
-        atomic_init(&t->hints[i], 0);
-    vfux_set(&t->hint_count, more); /* addresses hash to other places now: what was noted there is no worse than any hint */
+    for (uint32_t i = count; i < more; i++) {
+        atomic_init(&t->hint_nodes[i], 0);
+        atomic_init(&t->hint_offsets[i], 0);
+    }
+    vfux_set(&t->hint_bits,
+             vfux_log2(more)); /* addresses have other places now: what was noted there is no worse than any hint */
 }
 
 VFU_API int vfu_iommu_map(vfu_iommu *t, const vfu_iommu_mapping *m)
@@ -1286,13 +1299,14 @@ static void vfux_count(atomic_ulong *counter)
     atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + 1, memory_order_relaxed);
 }
 
-static uint32_t vfux_hash(uint64_t iova)
+/* The place of an address in a table of 2^bits entries. Neighbours don't collide. */
+static uint32_t vfux_hash(uint64_t iova, unsigned bits)
 {
     uint64_t page = iova >> VFUX_PAGE_SHIFT;
-    return (uint32_t)(page ^ page >> 10 ^ page >> 20); /* neighbours don't collide */
+    return (uint32_t)(page ^ page >> 10 ^ page >> 20) & ((UINT32_C(1) << bits) - 1);
 }
 
-static uint32_t *vfux_way(vfu_iommu_reader *r, uint64_t iova) { return &r->cache[vfux_hash(iova) & r->cache_mask]; }
+static uint32_t *vfux_way(vfu_iommu_reader *r, uint64_t iova) { return &r->cache[vfux_hash(iova, r->cache_bits)]; }
 
 /* Walks the tree without the lock, while it may change: the answer is a hint, and a bounded number of steps finds one or 0. */
 static uint32_t vfux_walk(vfu_iommu_reader *r, uint64_t iova)
@@ -1307,39 +1321,45 @@ static uint32_t vfux_walk(vfu_iommu_reader *r, uint64_t iova)
     return found && vfux_covers(&nodes[found], iova) ? found : 0;
 }
 
-/* Holds the mapping of iova, from the shared hints, else by a walk, and notes it in both. */
-static vfux_node *vfux_hold_walk(vfu_iommu_reader *r, unsigned slot, uint64_t iova)
+/* Holds the mapping of iova, from the shared hints, else by a walk, and notes it in both. With `fetch` the memory behind it is
+ * wanted next: a cache miss there then takes its time beside the one on the node. */
+static vfux_node *vfux_hold_walk(vfu_iommu_reader *r, unsigned slot, uint64_t iova, bool fetch)
 {
     vfu_iommu *t = r->iommu;
-    uint32_t count = vfux_get(&t->hint_count), i = 0;
-    _Atomic uint32_t *hint = count ? &t->hints[vfux_hash(iova) & (count - 1)] : NULL;
-    if (hint)
-        i = atomic_load_explicit(hint, memory_order_acquire);
+    uint32_t bits = vfux_get(&t->hint_bits), i = 0;
+    uint32_t at = bits ? vfux_hash(iova, bits) : 0;
+    if (bits && fetch) /* of no consequence when the hint is wrong */
+        __builtin_prefetch((const void *)(atomic_load_explicit(&t->hint_offsets[at], memory_order_relaxed) + (uintptr_t)iova));
+    if (bits)
+        i = vfux_get(&t->hint_nodes[at]);
     if (!i || !vfux_covers(&r->nodes[i], iova) || !vfux_publish(r, slot, i, iova)) {
         i = vfux_walk(r, iova);
         vfux_count(&r->walks);
         if (!i || !vfux_publish(r, slot, i, iova))
             return NULL;
-        if (hint)
-            atomic_store_explicit(hint, i, memory_order_release);
+        if (bits) {
+            uintptr_t offset = (uintptr_t)r->nodes[i].base - (uintptr_t)vfux_iova(&r->nodes[i]);
+            atomic_store_explicit(&t->hint_offsets[at], r->nodes[i].io ? 0 : offset, memory_order_relaxed);
+            vfux_set(&t->hint_nodes[at], i);
+        }
     }
     *vfux_way(r, iova) = i;
     return &r->nodes[i];
 }
 
 /* Holds the mapping of iova without taking the lock: from the cache, else as above. NULL: not found that way. */
-static inline vfux_node *vfux_hold_hint(vfu_iommu_reader *r, unsigned slot, uint64_t iova)
+static inline vfux_node *vfux_hold_hint(vfu_iommu_reader *r, unsigned slot, uint64_t iova, bool fetch)
 {
     uint32_t i = *vfux_way(r, iova);
     if (vfux_covers(&r->nodes[i], iova) && vfux_publish(r, slot, i, iova))
         return &r->nodes[i];
-    return vfux_hold_walk(r, slot, iova);
+    return vfux_hold_walk(r, slot, iova, fetch);
 }
 
 /* Holds the mapping of iova. No hazard may be held. NULL: there was none at some moment of the call. */
 static vfux_node *vfux_hold(vfu_iommu_reader *r, unsigned slot, uint64_t iova)
 {
-    vfux_node *n = vfux_hold_hint(r, slot, iova);
+    vfux_node *n = vfux_hold_hint(r, slot, iova, false);
     while (!n) {
         vfu_iommu *t = r->iommu;
         vfux_lock(t);
@@ -1548,7 +1568,7 @@ static inline vfux_node *vfux_hold_simple(vfu_iommu_reader *r, uint64_t iova, si
 {
     if (len - 1 >= VFU_IOMMU_PIECE) /* 0 as well */
         return NULL;
-    vfux_node *n = vfux_hold_hint(r, 0, iova);
+    vfux_node *n = vfux_hold_hint(r, 0, iova, true);
     if (!n)
         return NULL;
     if (len - 1 <= vfux_last(n) - iova && (n->prot & prot) && !n->io && !(n->flags & VFU_IOMMU_GUARDED))
@@ -1612,7 +1632,7 @@ static int vfux_copy_piece(vfu_iommu_reader *r, vfux_copy *c, uint64_t *at, uint
         from = vfux_hold(r, 0, s);
         if (!from)
             return -ENOENT;
-        to = vfux_hold_hint(r, 1, d);
+        to = vfux_hold_hint(r, 1, d, true);
         if (to)
             break;
         vfux_let(r, 0); /* the lock is needed for a closer look, and no hazard may be held then */
@@ -1940,14 +1960,6 @@ VFU_API void vfu_iommu_pin_drop(vfu_iommu *t, vfu_iommu_pin *pin)
 }
 
 /* ==== dirty log ========================================================================================================== */
-
-static unsigned vfux_log2(uint64_t power)
-{
-    unsigned n = 0;
-    while (power >>= 1)
-        n++;
-    return n;
-}
 
 static uint64_t vfux_leaf_key(const vfux_log *log, uint64_t iova)
 {

@@ -134,6 +134,8 @@ START_TEST(test_engine_live_socket)
     char where[120];
     program other;
     start(NULL);
+    join(P);
+    leave(P);
     snprintf(where, sizeof(where), "--socket-path=%s", engine.path);
     for (unsigned i = 0; i < 3; i++) {
         if (i == 1)
@@ -150,6 +152,41 @@ START_TEST(test_engine_live_socket)
     sync_up(P);
     leave(P);
     stop();
+}
+END_TEST
+
+/* The same, where both start at once, with a stale file or none: one of them serves, the other ends with an error. */
+START_TEST(test_engine_rivals)
+{
+    name_files(&engine);
+    for (unsigned i = 0; i < 30; i++) {
+        program rivals[2];
+        char where[120];
+        unsigned winner;
+        snprintf(where, sizeof(where), "--socket-path=%s", engine.path);
+        for (unsigned j = 0; j < 2; j++) {
+            name_files(&rivals[j]);
+            spawn(&rivals[j], (const char *const[]){where, NULL}, -1, 0);
+        }
+        int64_t until = now_ms() + PATIENCE;
+        while (is_running(&rivals[0]) && is_running(&rivals[1])) {
+            if (now_ms() > until)
+                FAIL("both serve %s", engine.path);
+            nap();
+        }
+        winner = is_running(&rivals[0]) ? 0 : 1;
+        int status = wait_end(&rivals[!winner]);
+        MUST(status > 0 && status < 126 && is_running(&rivals[winner]));
+        engine.pid = rivals[winner].pid;
+        join(P);
+        leave(P);
+        if (i % 2) {
+            stop();
+        } else {
+            kill(engine.pid, SIGKILL);
+            (void)wait_end(&engine);
+        }
+    }
 }
 END_TEST
 
@@ -3157,6 +3194,7 @@ int main(void)
     tcase_add_test(t, test_engine_unusable_arguments);
     tcase_add_test(t, test_engine_stale_socket);
     tcase_add_test(t, test_engine_live_socket);
+    tcase_add_test(t, test_engine_rivals);
     tcase_add_test(t, test_engine_live_socket_of_others);
     tcase_add_test(t, test_engine_listening_descriptor);
     tcase_add_test(t, test_engine_connected_descriptor);

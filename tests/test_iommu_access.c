@@ -2,7 +2,7 @@
 /*
  * Section "access" of vfu_iommu.h: what is allowed happens to exactly the right bytes, everything else to none, and the fault says
  * where. Every small layout of mappings is tried with every range; then copies that overlap, patterns, words, callbacks and memory
- * that has disappeared.
+ * that has disappeared. All of it with both kinds of reader.
  */
 #define _GNU_SOURCE
 #include "vfu_iommu.h"
@@ -21,7 +21,18 @@
 #define TOP(n) ((uint64_t)0 - (n)) /* n bytes below 2^64 */
 
 static vfu_iommu *table;
-static vfu_iommu_reader *reader;
+static vfu_iommu_reader *reader, *readers[2]; /* the one in use; a plain and a local one */
+static int reader_kind;
+
+static void use_plain_reader(void) { reader_kind = 0; }
+static void use_local_reader(void) { reader_kind = 1; }
+
+static void open_readers(void)
+{
+    ck_assert_int_eq(vfu_iommu_reader_open(table, &readers[0]), 0);
+    ck_assert_int_eq(vfu_iommu_reader_open_local(table, &readers[1]), 0);
+    reader = readers[reader_kind];
+}
 
 /* ---- callbacks and guard -------------------------------------------------------------------------------------------------- */
 
@@ -96,7 +107,7 @@ static void make_table(void)
 {
     vfu_iommu_desc desc = {.guard = guard, .max_mappings = 1000, .max_readers = 2};
     ck_assert_int_eq(vfu_iommu_create(&table, &desc), 0);
-    ck_assert_int_eq(vfu_iommu_reader_open(table, &reader), 0);
+    open_readers();
     io_countdown = 0;
     io_calls = guard_calls = 0;
 }
@@ -104,7 +115,8 @@ static void make_table(void)
 static void end_table(void)
 {
     ck_assert_int_eq(vfu_iommu_check(table), 0);
-    vfu_iommu_reader_close(reader);
+    vfu_iommu_reader_close(readers[0]);
+    vfu_iommu_reader_close(readers[1]);
     vfu_iommu_destroy(table);
 }
 
@@ -198,6 +210,7 @@ static void try_range(int how, unsigned offset, unsigned len)
     uint64_t at, iova = at_base + offset;
     int err = 0, wanted = wanted_result(offset, len, how_prot[how], &at);
     memset(buffer, '-', sizeof(buffer));
+    reader = readers[(offset + len + (unsigned)how) & 1];
     switch (how) {
     case READ: err = vfu_iommu_read(reader, iova, buffer + 1, len); break;
     case WRITE: err = vfu_iommu_write(reader, iova, other, len); break;
@@ -579,9 +592,8 @@ static unsigned char *word_at(uint64_t iova)
     return m.io ? (unsigned char *)m.io_ctx + iova : (unsigned char *)m.host + (iova - m.iova);
 }
 
-START_TEST(word_table)
+static void try_word(const struct word_case *c)
 {
-    const struct word_case *c = &word_cases[_i];
     const uint64_t poison = UINT64_C(0xfedcba9876543210), value = UINT64_C(0x8877665544332211);
     unsigned char before[sizeof(words)];
     map_words();
@@ -616,6 +628,12 @@ START_TEST(word_table)
         }
     }
     end_table();
+}
+
+START_TEST(word_table)
+{
+    for (size_t i = 0; i < sizeof(word_cases) / sizeof(word_cases[0]); i++)
+        try_word(&word_cases[i]);
 }
 END_TEST
 
@@ -851,14 +869,13 @@ static const struct guard_case {
     {"not said, from the third page on", 0x10, 0x3000, -1, 0x2000, 0x2000},
 };
 
-START_TEST(guard_names_the_address)
+static void try_guard(const struct guard_case *c)
 {
-    const struct guard_case *c = &guard_cases[_i];
     vfu_iommu_desc desc = {.guard = fake_guard, .ctx = &fake};
     static char buffer[0x4000];
     uint64_t at = 0x10000 + c->at, from = 0x10000 + c->offset;
     ck_assert_int_eq(vfu_iommu_create(&table, &desc), 0);
-    ck_assert_int_eq(vfu_iommu_reader_open(table, &reader), 0);
+    open_readers();
     map_kind('g', 0x10000, 0x4000, RW, guarded_memory[0]);
     map_kind('h', 0x20000, 0x4000, RW, guarded_memory[1]);
     fake.bad = c->bad < 0 ? NULL : guarded_memory[0] + c->bad;
@@ -883,6 +900,12 @@ START_TEST(guard_names_the_address)
     ck_assert_int_eq(vfu_iommu_unmap_all(table), 2);
     end_table();
 }
+
+START_TEST(guard_names_the_address)
+{
+    for (size_t i = 0; i < sizeof(guard_cases) / sizeof(guard_cases[0]); i++)
+        try_guard(&guard_cases[i]);
+}
 END_TEST
 
 START_TEST(guarded_words)
@@ -890,7 +913,7 @@ START_TEST(guarded_words)
     vfu_iommu_desc desc = {.guard = fake_guard, .ctx = &fake};
     uint64_t value = 5;
     ck_assert_int_eq(vfu_iommu_create(&table, &desc), 0);
-    ck_assert_int_eq(vfu_iommu_reader_open(table, &reader), 0);
+    open_readers();
     map_kind('g', 0x10000, 0x4000, RW, guarded_memory[0]);
     fake.bad = fake.gone = guarded_memory[0];
     fake.calls = 0;
@@ -923,12 +946,11 @@ START_TEST(fault_log)
 }
 END_TEST
 
-int main(void)
+static TCase *with_reader(const char *name, void (*use)(void))
 {
-    Suite *suite = suite_create("iommu access");
-    TCase *tc = tcase_create("access");
+    TCase *tc = tcase_create(name);
     tcase_set_timeout(tc, 60);
-    tcase_add_loop_test(tc, every_layout, 0, 2 * (int)(sizeof(alphabet) - 1));
+    tcase_add_checked_fixture(tc, use, NULL);
     tcase_add_test(tc, empty_ranges_do_nothing);
     tcase_add_test(tc, wrapping_ranges);
     tcase_add_test(tc, copy_names_the_side_that_failed);
@@ -936,7 +958,7 @@ int main(void)
     tcase_add_loop_test(tc, copy_is_memmove, 0, MOSAICS);
     tcase_add_loop_test(tc, read_and_write_long_ranges, 0, MOSAICS);
     tcase_add_loop_test(tc, fill_patterns, 0, MOSAICS);
-    tcase_add_loop_test(tc, word_table, 0, sizeof(word_cases) / sizeof(word_cases[0]));
+    tcase_add_test(tc, word_table);
     tcase_add_test(tc, word_orders);
     tcase_add_test(tc, callback_error_of_a_read);
     tcase_add_test(tc, callback_error_of_a_write);
@@ -944,10 +966,21 @@ int main(void)
     tcase_add_test(tc, callbacks_that_are_missing);
     tcase_add_test(tc, callbacks_may_use_the_table);
     tcase_add_test(tc, truncated_file);
-    tcase_add_loop_test(tc, guard_names_the_address, 0, sizeof(guard_cases) / sizeof(guard_cases[0]));
+    tcase_add_test(tc, guard_names_the_address);
     tcase_add_test(tc, guarded_words);
     tcase_add_test(tc, fault_log);
-    suite_add_tcase(suite, tc);
+    return tc;
+}
+
+int main(void)
+{
+    Suite *suite = suite_create("iommu access");
+    TCase *both = tcase_create("every layout");
+    tcase_set_timeout(both, 120);
+    tcase_add_loop_test(both, every_layout, 0, 2 * (int)(sizeof(alphabet) - 1));
+    suite_add_tcase(suite, both);
+    suite_add_tcase(suite, with_reader("plain reader", use_plain_reader));
+    suite_add_tcase(suite, with_reader("local reader", use_local_reader));
     SRunner *runner = srunner_create(suite);
     srunner_run_all(runner, CK_ENV);
     int failed = srunner_ntests_failed(runner);

@@ -57,7 +57,8 @@ static uint64_t address(size_t page) { return place->base + page * place->page; 
 
 static int map_letter(const char *letter, size_t first, size_t count)
 {
-    vfu_iommu_mapping m = {.iova = address(first), .size = count * place->page, .prot = VFU_IOMMU_READ, .io = &io, .user = (void *)(uintptr_t)letter};
+    vfu_iommu_mapping m = {.iova = address(first), .size = count * place->page, .prot = VFU_IOMMU_READ, .io = &io};
+    m.user = (void *)(uintptr_t)letter;
     return vfu_iommu_map(table, &m);
 }
 
@@ -123,19 +124,24 @@ static const struct map_case {
 };
 enum { MAP_CASES = sizeof(map_cases) / sizeof(map_cases[0]) };
 
-START_TEST(map_cases_everywhere)
+static void try_map(const struct map_case *c)
 {
-    const struct map_case *c = &map_cases[_i % MAP_CASES];
     char after[PAGES + 1];
-    place = &places[_i / MAP_CASES];
     make_table(place->page);
     map_drawing(c->before);
     strcpy(after, c->before);
     for (size_t i = 0; i < PAGES && !c->result; i++)
         after[i] = c->added[i] != '.' ? c->added[i] : after[i];
-    ck_assert_msg(map_drawing(c->added) == c->result, "map %s at %d", c->name, _i / MAP_CASES);
-    ck_assert_msg(!strcmp(draw(), after), "map %s at %d: %s", c->name, _i / MAP_CASES, draw());
+    ck_assert_msg(map_drawing(c->added) == c->result, "map %s at 0x%llx", c->name, (unsigned long long)place->base);
+    ck_assert_msg(!strcmp(draw(), after), "map %s at 0x%llx: %s", c->name, (unsigned long long)place->base, draw());
     vfu_iommu_destroy(table);
+}
+
+START_TEST(map_cases_everywhere)
+{
+    place = &places[_i];
+    for (int i = 0; i < MAP_CASES; i++)
+        try_map(&map_cases[i]);
 }
 END_TEST
 
@@ -168,17 +174,15 @@ static const struct unmap_case {
 };
 enum { UNMAP_CASES = sizeof(unmap_cases) / sizeof(unmap_cases[0]) };
 
-START_TEST(unmap_cases_everywhere)
+static void try_unmap(const struct unmap_case *c)
 {
-    const struct unmap_case *c = &unmap_cases[_i % UNMAP_CASES];
     size_t first, count;
-    place = &places[_i / UNMAP_CASES];
     make_table(place->page);
     map_drawing(c->before);
     extent(c->range, &first, &count);
-    ck_assert_msg(vfu_iommu_unmap(table, address(first), count * place->page) == c->result, "unmap %s at %d", c->name,
-                  _i / UNMAP_CASES);
-    ck_assert_msg(!strcmp(draw(), c->after), "unmap %s at %d: %s", c->name, _i / UNMAP_CASES, draw());
+    ck_assert_msg(vfu_iommu_unmap(table, address(first), count * place->page) == c->result, "unmap %s at 0x%llx", c->name,
+                  (unsigned long long)place->base);
+    ck_assert_msg(!strcmp(draw(), c->after), "unmap %s at 0x%llx: %s", c->name, (unsigned long long)place->base, draw());
     ck_assert_str_eq(removed, c->removed);
 
     char rest[PAGES + 1] = ""; /* UNMAP ALL takes what was left, each letter once */
@@ -191,6 +195,13 @@ START_TEST(unmap_cases_everywhere)
     ck_assert_str_eq(draw(), "................");
     ck_assert_int_eq(vfu_iommu_unmap_all(table), 0);
     vfu_iommu_destroy(table);
+}
+
+START_TEST(unmap_cases_everywhere)
+{
+    place = &places[_i];
+    for (int i = 0; i < UNMAP_CASES; i++)
+        try_unmap(&unmap_cases[i]);
 }
 END_TEST
 
@@ -206,6 +217,7 @@ START_TEST(destroy_gives_back)
 END_TEST
 
 #define TOP ((uint64_t)0)
+#define HALF (UINT64_C(1) << 63)
 #define H memory
 static const struct map_args {
     const char *name;
@@ -236,7 +248,7 @@ static const struct map_args {
     {"all but the last byte", 1, {.iova = 0, .size = UINT64_MAX, .prot = 3, .io = &io}, 0},
     {"all but the first byte", 1, {.iova = 1, .size = UINT64_MAX, .prot = 2, .io = &io}, 0},
     {"the last page", 4096, {.iova = TOP - 4096, .size = 4096, .prot = 3, .io = &io}, 0},
-    {"half of all addresses, granule 2^63", UINT64_C(1) << 63, {.iova = UINT64_C(1) << 63, .size = UINT64_C(1) << 63, .prot = 3, .io = &io}, 0},
+    {"the upper half, granule 2^63", HALF, {.iova = HALF, .size = HALF, .prot = 3, .io = &io}, 0},
 };
 
 START_TEST(map_arguments)
@@ -404,8 +416,8 @@ int main(void)
     Suite *suite = suite_create("iommu map");
     TCase *tc = tcase_create("map");
     tcase_set_timeout(tc, 60);
-    tcase_add_loop_test(tc, map_cases_everywhere, 0, MAP_CASES * PLACES);
-    tcase_add_loop_test(tc, unmap_cases_everywhere, 0, UNMAP_CASES * PLACES);
+    tcase_add_loop_test(tc, map_cases_everywhere, 0, PLACES);
+    tcase_add_loop_test(tc, unmap_cases_everywhere, 0, PLACES);
     tcase_add_loop_test(tc, map_arguments, 0, sizeof(map_args) / sizeof(map_args[0]));
     tcase_add_loop_test(tc, unmap_arguments, 0, sizeof(unmap_args) / sizeof(unmap_args[0]));
     tcase_add_test(tc, destroy_gives_back);

@@ -49,7 +49,7 @@ static char *real, *shadow; /* [BANKS][PAGES][unit]: what the table moves bytes 
 static vfu_iommu_stats expected;
 static struct pin pins[PINS];
 static vfu_iommu *table;
-static vfu_iommu_reader *reader;
+static vfu_iommu_reader *reader, *readers[2]; /* the one in use; a plain and a local one */
 static bool thrifty; /* long run: looks at the whole less often */
 
 /* The dirty log: by pages of its own size, what has to be reported and what may be. */
@@ -782,8 +782,10 @@ static void do_operation(void)
 
 static void run_phase(unsigned long operations)
 {
-    vfu_iommu_desc desc = {
-        .max_mappings = MAPPINGS, .max_readers = 1, .cache_entries = 16, .granule = unit, .pin_deadline_ms = 1, .removed = removed, .guard = guard};
+    vfu_iommu_desc desc = {.max_mappings = MAPPINGS, .max_readers = 2, .cache_entries = 16, .granule = unit};
+    desc.pin_deadline_ms = 1;
+    desc.removed = removed;
+    desc.guard = guard;
     window = PAGES * unit;
     if (one_in(2)) {
         desc.buffer_size = vfu_iommu_footprint(&desc);
@@ -799,8 +801,10 @@ static void run_phase(unsigned long operations)
     memset(&expected, 0, sizeof(expected));
     dirty.runs = false;
     ck_assert_int_eq(vfu_iommu_create(&table, &desc), 0);
-    ck_assert_int_eq(vfu_iommu_reader_open(table, &reader), 0);
+    ck_assert_int_eq(vfu_iommu_reader_open(table, &readers[0]), 0);
+    ck_assert_int_eq(vfu_iommu_reader_open_local(table, &readers[1]), 0);
     for (unsigned long i = 0; i < operations; i++, op_number++) {
+        reader = readers[below(2)];
         do_operation();
         if (!thrifty || i % 16 == 0) {
             must_be(!vfu_iommu_check(table), "the invariants of the tree");
@@ -810,7 +814,8 @@ static void run_phase(unsigned long operations)
     for (int i = 0; i < PINS; i++)
         vfu_iommu_pin_drop(table, &pins[i].pin);
     must_be(!memcmp(real, shadow, (size_t)(BANKS * window)), "memory differs at the end");
-    vfu_iommu_reader_close(reader);
+    vfu_iommu_reader_close(readers[0]);
+    vfu_iommu_reader_close(readers[1]);
     vfu_iommu_destroy(table);
     free(desc.buffer);
     free(real);

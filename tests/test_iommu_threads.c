@@ -351,6 +351,130 @@ START_TEST(no_dirty_page_is_lost)
 }
 END_TEST
 
+/* ---- a local reader among other threads ---------------------------------------------------------------------------------------- */
+
+enum { LOCAL_SLOTS = 8, LOCAL_SLOT = 4096, LOCAL_ROUNDS = 3000 };
+static _Alignas(64) unsigned char local_memory[LOCAL_SLOTS][LOCAL_SLOT]; /* first half: all read; second: the local reader writes */
+static atomic_bool local_wanted[LOCAL_SLOTS];                           /* unmapped, and clean again: the mapper may have it */
+static atomic_uint local_reads;
+
+static void *map_what_is_wanted(void *arg)
+{
+    (void)arg;
+    while (!atomic_load(&stop)) {
+        for (unsigned i = 0; i < LOCAL_SLOTS; i++) {
+            if (!atomic_load(&local_wanted[i]))
+                continue;
+            if (map_bytes(i * LOCAL_SLOT, LOCAL_SLOT, local_memory[i]))
+                atomic_fetch_add(&wrong, 1);
+            atomic_store(&local_wanted[i], false);
+        }
+    }
+    return NULL;
+}
+
+static bool local_is_poisoned(const unsigned char *bytes, size_t len) { return memchr(bytes, POISON, len) != NULL; }
+
+static void *read_slots(void *arg)
+{
+    uint64_t luck = (uintptr_t)arg + 1;
+    unsigned char bytes[LOCAL_SLOT / 2];
+    vfu_iommu_reader *reader;
+    if (vfu_iommu_reader_open(table, &reader))
+        abort();
+    while (!atomic_load(&stop)) {
+        if (vfu_iommu_read(reader, next_luck(&luck) % LOCAL_SLOTS * LOCAL_SLOT, bytes, sizeof(bytes)))
+            continue;
+        atomic_fetch_add(&local_reads, 1);
+        if (local_is_poisoned(bytes, sizeof(bytes)))
+            atomic_fetch_add(&wrong, 1);
+    }
+    vfu_iommu_reader_close(reader);
+    return NULL;
+}
+
+/* The thread that unmaps reads and writes as well, without a hazard; others read with one, and one maps. */
+START_TEST(local_reader_among_others)
+{
+    pthread_t thread[3];
+    uint64_t luck = 5;
+    unsigned char bytes[LOCAL_SLOT / 2];
+    vfu_iommu_reader *reader;
+    begin(NULL);
+    ck_assert_int_eq(vfu_iommu_reader_open_local(table, &reader), 0);
+    memset(local_memory, CLEAN, sizeof(local_memory));
+    for (unsigned i = 0; i < LOCAL_SLOTS; i++)
+        atomic_store(&local_wanted[i], true);
+    for (uintptr_t i = 0; i < 3; i++)
+        thread[i] = start(i ? read_slots : map_what_is_wanted, i);
+    for (int round = 0; round < LOCAL_ROUNDS; round++) {
+        uint64_t slot = next_luck(&luck) % LOCAL_SLOTS, iova = slot * LOCAL_SLOT;
+        unsigned char *second = local_memory[slot] + LOCAL_SLOT / 2;
+        int err = vfu_iommu_read(reader, iova, bytes, sizeof(bytes));
+        if (!err) {
+            ck_assert(!local_is_poisoned(bytes, sizeof(bytes)));
+            ck_assert_int_eq(vfu_iommu_copy(reader, iova + LOCAL_SLOT / 2, iova, 100), 0); /* nobody else unmaps */
+            ck_assert_int_eq(vfu_iommu_write(reader, iova + LOCAL_SLOT / 2, &slot, sizeof(slot)), 0);
+            ck_assert(!memcmp(second, &slot, sizeof(slot)));
+        }
+        if (atomic_load(&local_wanted[slot]))
+            continue; /* not mapped again yet */
+        ck_assert_int_eq(vfu_iommu_unmap(table, iova, LOCAL_SLOT), 1);
+        memset(local_memory[slot], POISON, LOCAL_SLOT);
+        ck_assert_int_eq(vfu_iommu_read(reader, iova, bytes, 1), -ENOENT);
+        sched_yield();
+        memset(local_memory[slot], CLEAN, LOCAL_SLOT);
+        atomic_store(&local_wanted[slot], true);
+    }
+    while (!atomic_load(&local_reads))
+        sched_yield();
+    atomic_store(&stop, true);
+    for (int i = 0; i < 3; i++)
+        pthread_join(thread[i], NULL);
+    vfu_iommu_reader_close(reader);
+    end();
+}
+END_TEST
+
+enum { FAR_MAPPINGS = 1500 };
+
+static void *map_far_away(void *arg)
+{
+    (void)arg;
+    for (uint64_t i = 1; i <= FAR_MAPPINGS; i++)
+        if (map_bytes(i << 32, 64, cell))
+            atomic_fetch_add(&wrong, 1);
+    atomic_store(&stop, true);
+    return NULL;
+}
+
+/* Mappings that another thread adds make the dirty log grow under a local reader that writes. */
+START_TEST(local_reader_and_a_growing_log)
+{
+    uint64_t bitmap, luck = 3;
+    vfu_iommu_reader *reader;
+    for (int round = 0; round < 5; round++) {
+        begin(NULL);
+        ck_assert_int_eq(vfu_iommu_reader_open_local(table, &reader), 0);
+        ck_assert_int_eq(map_bytes(0, sizeof(local_memory), local_memory), 0);
+        ck_assert_int_eq(vfu_iommu_dirty_start(table, LOCAL_SLOT, NULL, 0), 0);
+        pthread_t thread = start(map_far_away, 0);
+        do {
+            uint64_t slot = next_luck(&luck) % LOCAL_SLOTS;
+            for (int i = 0; i < 2000; i++)
+                if (vfu_iommu_write(reader, slot * LOCAL_SLOT, &luck, sizeof(luck)))
+                    ck_abort_msg("write");
+            ck_assert_int_eq(vfu_iommu_dirty_report(table, 0, sizeof(local_memory), LOCAL_SLOT, &bitmap, 1), 0);
+            ck_assert_uint_eq(bitmap, UINT64_C(1) << slot);
+        } while (!atomic_load(&stop));
+        pthread_join(thread, NULL);
+        ck_assert_int_eq(vfu_iommu_dirty_stop(table), 0);
+        vfu_iommu_reader_close(reader);
+        end();
+    }
+}
+END_TEST
+
 int main(void)
 {
     Suite *suite = suite_create("iommu threads");
@@ -362,6 +486,8 @@ int main(void)
     tcase_add_test(tc, unmaps_of_the_same_ranges);
     tcase_add_test(tc, release_and_acquire);
     tcase_add_test(tc, no_dirty_page_is_lost);
+    tcase_add_test(tc, local_reader_among_others);
+    tcase_add_test(tc, local_reader_and_a_growing_log);
     suite_add_tcase(suite, tc);
     SRunner *runner = srunner_create(suite);
     srunner_run_all(runner, CK_ENV);
