@@ -1286,6 +1286,7 @@ typedef struct vfu_dev_desc {
     uint32_t dma_timeout_ms;     /* a DMA message that isn't answered by then fails with -ETIMEDOUT; 0: no limit */
     uint32_t busy_us;            /* vfu_dev_run: how long to look for messages again and again before sleeping; 0: not at all */
     bool twin_socket;            /* DMA messages on a socket of their own, if the client can */
+    vfu_dma_layout dma_layout;   /* of DMA messages; 0: it is found out, for which a few more bytes may be read */
     vfu_policy policy;
 
     vfu_alloc alloc;   /* copied */
@@ -3774,6 +3775,7 @@ VFU_API int vfu_msg_render(const vfu_msg *msg, char *out, size_t cap)
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -4311,25 +4313,37 @@ static bool vfux_sock_is_stale(const char *path)
     return fd == -ECONNREFUSED;
 }
 
+/* Keeps others that use this library from listening in the same directory meanwhile: between bind() and listen() a live socket
+ * looks like a stale one. Gives a descriptor to close, or -1: it is done without, as it is when somebody holds that lock for
+ * long. */
+static int vfux_sock_lock(const char *path)
+{
+    char directory[sizeof(((struct sockaddr_un *)0)->sun_path) + 2];
+    const char *slash = strrchr(path, '/');
+    snprintf(directory, sizeof(directory), "%.*s", slash ? (int)(slash - path) + 1 : 1, slash ? path : ".");
+    int fd = open(directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    for (unsigned tries = 0; fd >= 0 && tries < 200 && flock(fd, LOCK_EX | LOCK_NB) < 0; tries++)
+        nanosleep(&(struct timespec){.tv_nsec = 5000000}, NULL);
+    return fd;
+}
+
 VFU_API int vfu_sock_listen(const char *path)
 {
     struct sockaddr_un address;
     int err = vfux_sock_address(&address, path);
     if (err)
         return err;
-    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-    if (fd < 0)
-        return -errno;
-    int bound = bind(fd, (struct sockaddr *)&address, sizeof(address));
-    err = bound < 0 ? -errno : 0;
-    if (err == -EADDRINUSE && vfux_sock_is_stale(path)) {
+    int lock = vfux_sock_lock(path), fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    err = fd < 0 || bind(fd, (struct sockaddr *)&address, sizeof(address)) < 0 ? -errno : 0;
+    if (fd >= 0 && err == -EADDRINUSE && vfux_sock_is_stale(path)) {
         unlink(path);
         err = bind(fd, (struct sockaddr *)&address, sizeof(address)) < 0 ? -errno : 0;
     }
     if (!err && listen(fd, 16) < 0)
         err = -errno;
     if (err)
-        close(fd);
+        vfux_close(&fd);
+    vfux_close(&lock);
     return err ? err : fd;
 }
 
@@ -6494,6 +6508,17 @@ static int vfux_pending_finish(vfu_dev *dev)
     return vfux_dev_answer(dev, &request, &answer, err);
 }
 
+/* Is a change of the migration state completed, whose answer waits for room? */
+static bool vfux_is_stopping(vfu_dev *dev)
+{
+    if (!vfux_is_pending(dev) || dev->pending.request.cmd != VFU_CMD_DEVICE_FEATURE)
+        return false;
+    pthread_mutex_lock(&dev->lock);
+    bool stopping = dev->pending.completed;
+    pthread_mutex_unlock(&dev->lock);
+    return stopping;
+}
+
 /* ---- dispatch ----------------------------------------------------------------------------------------------------------- */
 
 static vfux_handler *vfux_handler_of(uint16_t cmd)
@@ -6530,6 +6555,24 @@ static void vfux_trace(vfu_dev *dev, vfu_level level, const vfu_msg *msg, int er
         vfux_warn(dev, "%s: %s: %s", line, vfu_errno_name(err), dev->why ? dev->why : "refused");
 }
 
+/* The reply to a GET_INFO of 20 bytes or more, which is Linux's newer struct with a cap_offset: Cloud Hypervisor's client
+ * waits for as many. */
+static int vfux_send_long_info(vfu_dev *dev, const vfu_msg *reply)
+{
+    uint8_t bytes[VFU_HDR_SIZE + sizeof(vfu_wire_device_info) + 4] = {0};
+    vfu_wire_header header;
+    vfu_wire_device_info info;
+    if (vfu_msg_encode(reply, bytes, sizeof(bytes)) < 0)
+        return -EINVAL;
+    memcpy(&header, bytes, sizeof(header));
+    memcpy(&info, bytes + sizeof(header), sizeof(info));
+    header.size = sizeof(bytes);
+    info.argsz = sizeof(bytes) - VFU_HDR_SIZE;
+    memcpy(bytes, &header, sizeof(header));
+    memcpy(bytes + sizeof(header), &info, sizeof(info));
+    return vfu_conn_send(dev->conn, bytes, sizeof(bytes), NULL, 0, NULL, 0);
+}
+
 /* Answers a request that was handled with result err. Negative: the connection is over. */
 static int vfux_dev_answer(vfu_dev *dev, const vfu_msg *request, vfux_answer *answer, int err)
 {
@@ -6539,8 +6582,11 @@ static int vfux_dev_answer(vfu_dev *dev, const vfu_msg *request, vfux_answer *an
         vfu_msg_init_reply(&answer->msg, request, err);
         answer->fd_count = 0;
     }
+    bool long_info =
+        !err && request->cmd == VFU_CMD_DEVICE_GET_INFO && dev->frame.len >= VFU_HDR_SIZE + sizeof(vfu_wire_device_info) + 4;
     if (vfu_msg_wants_reply(request))
-        sent = vfux_conn_send_msg(dev->conn, &answer->msg, answer->fds, answer->fd_count);
+        sent = long_info ? vfux_send_long_info(dev, &answer->msg)
+                         : vfux_conn_send_msg(dev->conn, &answer->msg, answer->fds, answer->fd_count);
     vfux_close(&twin_fd);
     return sent;
 }
@@ -6631,7 +6677,6 @@ static void vfux_dev_drop_client(vfu_dev *dev)
     vfu_conn_destroy(dev->twin);
     dev->conn = dev->twin = NULL;
     dev->greeted = dev->work_wanted = dev->more = false;
-    dev->layout = VFU_DMA_LAYOUT_AUTO;
     dev->mig_state = VFU_MIG_STATE_RUNNING;
 }
 
@@ -6641,6 +6686,7 @@ static int vfux_dev_take_client(vfu_dev *dev, int fd)
     vfu_conn_desc desc = {.fd = fd, .max_msg = dev->desc.max_data_xfer_size + VFUX_PAGE, .alloc = dev->desc.alloc};
     int err = vfu_conn_create(&dev->conn, &desc);
     dev->greeting_until = vfux_now_ms() + dev->desc.greeting_ms;
+    dev->layout = dev->desc.dma_layout;
     dev->warnings = 0;
     return err;
 }
@@ -6699,7 +6745,10 @@ static int vfux_dev_serve(vfu_dev *dev, bool woken)
     if (err || !dev->greeted)
         return err;
     vfux_intx_check_unmask(dev);
-    if (dev->work_wanted && vfux_is_running(dev)) {
+    err = vfux_pending_finish(dev); /* what has just come may have stopped the device: then there is no work for it */
+    if (err)
+        return err;
+    if (dev->work_wanted && vfux_is_running(dev) && !vfux_is_stopping(dev)) {
         dev->work_wanted = false;
         if (dev->desc.callbacks.work && dev->desc.callbacks.work(dev->desc.ctx))
             dev->work_wanted = true;

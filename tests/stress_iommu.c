@@ -2,20 +2,20 @@
 /*
  * The promise of vfu_iommu.h under fire: when an unmap has returned, no access to the range is in flight and none can begin.
  *
- *     stress_iommu [unmaps]                     so many unmaps, one million by default; none may be followed by a stale access
- *     stress_iommu control SECONDS STALE        counts stale accesses, so many or for so long; the status is 1 when there were any
+ *     stress_iommu [unmaps]               so many unmaps, one million by default; no stale access may follow
+ *     stress_iommu control SECONDS STALE  counts stale accesses, so many or for so long; the status is 1 when there were any
  *
  * Owners map and unmap slots while readers access them in every way there is. How a stale access is seen, without ever
  * mistaking a good one for it:
  *
- *   - When unmap has returned, the owner overwrites the slot's memory with POISON, which stands there until the slot is mapped
- *     again. Memory that is mapped never contains POISON: it is overwritten with CLEAN before it is mapped.
+ *   - When unmap has returned, the owner overwrites the slot's memory with POISON, which stands there until the slot is
+ *     mapped again. Memory that is mapped never contains POISON: it is overwritten with CLEAN before it is mapped.
  *   - A reader that finds POISON in what it was given has read memory after its unmap: a stale read.
  *   - An owner that finds anything else than POISON in a slot before it maps it again: a stale write.
  *
- * All readers read the first area of a slot, and each of them writes an area of its own, so there is no race but a stale access,
- * and ThreadSanitizer sees those as well. stress_iommu.sh runs this as it is, under ThreadSanitizer, and with the wait for the
- * readers taken out of the header, which has to be noticed.
+ * All readers read the first area of a slot, and each of them writes an area of its own, so there is no race but a stale
+ * access, and ThreadSanitizer sees those as well. stress_iommu.sh runs this as it is, under ThreadSanitizer, and with the
+ * wait for the readers taken out of the header, which has to be noticed.
  *
  * test_iommu_threads.c includes this file for a short run.
  */
@@ -34,22 +34,32 @@
 enum {
     STRESS_READERS = 4,
     STRESS_OWNERS = 2,
-    STRESS_SLOTS = 12, /* of each owner */
+    STRESS_SLOTS = 12,   /* of each owner */
     STRESS_UNMAPPED = 3, /* slots that an owner keeps unmapped, so that a late write has time to show */
-    STRESS_PARTS = 3, /* mappings that make up a slot, at most */
+    STRESS_PARTS = 3,    /* mappings that make up a slot, at most */
     POISON = 0xEE,
     CLEAN = 0x5A
 };
 
-enum stress_path { STRESS_READ, STRESS_WRITE, STRESS_FILL, STRESS_COPY, STRESS_LOAD, STRESS_STORE, STRESS_PIN, STRESS_LAZY_PIN, STRESS_PATHS };
+enum stress_path {
+    STRESS_READ,
+    STRESS_WRITE,
+    STRESS_FILL,
+    STRESS_COPY,
+    STRESS_LOAD,
+    STRESS_STORE,
+    STRESS_PIN,
+    STRESS_LAZY_PIN,
+    STRESS_PATHS
+};
 static const char *const stress_path_name[STRESS_PATHS] = {"read", "write", "fill", "copy", "load", "store", "pin", "lazy pin"};
 
 typedef struct stress stress;
 
 typedef struct stress_config {
-    unsigned long unmaps; /* stop when so many calls of unmap have removed something */
-    double seconds;       /* stop after this time */
-    unsigned long stale;  /* stop when so many stale accesses were seen */
+    unsigned long unmaps;                /* stop when so many calls of unmap have removed something */
+    double seconds;                      /* stop after this time */
+    unsigned long stale;                 /* stop when so many stale accesses were seen */
     void (*started)(struct stress *run); /* may be NULL */
 } stress_config;
 
@@ -65,7 +75,7 @@ typedef struct stress_slot {
     uint64_t iova;
     size_t size, access;
     unsigned char *memory;
-    bool io; /* reached by callbacks */
+    bool io;    /* reached by callbacks */
     int mapped; /* the number of mappings; the owner's */
 } stress_slot;
 
@@ -133,7 +143,7 @@ static void stress_break(stress *run, const char *what)
     atomic_store(&run->stop, true);
 }
 
-/* ---- owners --------------------------------------------------------------------------------------------------------------- */
+/* ---- owners ----------------------------------------------------------------------------------------------------------- */
 
 static bool stress_is_all(const unsigned char *memory, size_t len, unsigned char byte)
 {
@@ -179,7 +189,8 @@ static void stress_unmap(stress_thread *t, stress_slot *s, unsigned count)
         stress_break(run, "an unmap removed a wrong number of mappings");
     t->unmaps++;
     t->removed += (unsigned)mapped;
-    if (atomic_fetch_add(&run->unmaps, 1) + 1 >= run->config.unmaps || ((t->unmaps & 63) == 0 && stress_seconds() > run->deadline))
+    if (atomic_fetch_add(&run->unmaps, 1) + 1 >= run->config.unmaps ||
+        ((t->unmaps & 63) == 0 && stress_seconds() > run->deadline))
         atomic_store(&run->stop, true);
 }
 
@@ -220,7 +231,7 @@ static void *stress_owner(void *arg)
     return NULL;
 }
 
-/* ---- readers -------------------------------------------------------------------------------------------------------------- */
+/* ---- readers ---------------------------------------------------------------------------------------------------------- */
 
 /* A look at each cache line of what was read, and at its last byte. */
 static bool stress_look(stress_thread *t, const unsigned char *bytes, size_t len)
@@ -248,8 +259,10 @@ static bool stress_let_go(vfu_iommu_pin *pin, uint64_t iova, uint64_t size)
     return atomic_compare_exchange_strong(&lazy->state, &idle, LAZY_NONE);
 }
 
-/* Uses the pin that is held, or takes one that will be held until somebody wants it back. */
-static int stress_use_lazy_pin(stress_thread *t, vfu_iommu_reader *reader, stress_lazy *lazy, stress_slot *s, const unsigned char *source)
+/* Uses the pin that is held, or takes one that will be held until somebody wants it back; after that the struct is used again
+ * at once. */
+static int stress_use_lazy_pin(stress_thread *t, vfu_iommu_reader *reader, stress_lazy *lazy, stress_slot *s,
+                               const unsigned char *source)
 {
     vfu_iommu_segment segment[STRESS_PARTS];
     int idle = LAZY_IDLE;
@@ -265,7 +278,6 @@ static int stress_use_lazy_pin(stress_thread *t, vfu_iommu_reader *reader, stres
         return 0;
     }
     atomic_store(&lazy->state, LAZY_BUSY);
-    vfu_iommu_pin_drop(t->run->table, &lazy->pin); /* when it was let go: now nobody is at it any more */
     lazy->pin.let_go = stress_let_go;
     lazy->pin.user = lazy;
     int count = vfu_iommu_pin_take(reader, &lazy->pin, s->iova, s->size, VFU_IOMMU_READ | VFU_IOMMU_WRITE, segment, STRESS_PARTS);
@@ -371,7 +383,7 @@ static void *stress_reader(void *arg)
     return NULL;
 }
 
-/* ---- the run -------------------------------------------------------------------------------------------------------------- */
+/* ---- the run ---------------------------------------------------------------------------------------------------------- */
 
 static void stress_make_slots(stress *run)
 {
@@ -447,15 +459,16 @@ static stress_result stress_run(stress_config config)
 #include <signal.h>
 #include <unistd.h>
 
-/* For the negative control: once an access is stale, pins and hazards may be in any state, threads may wait for ever, and a node
- * that is used again under a reader's feet sends it to memory that isn't there. What was seen until then is what counts. */
+/* For the negative control: once an access is stale, pins and hazards may be in any state, threads may wait for ever, and
+ * a node that is used again under a reader's feet sends it to memory that isn't there. What was seen until then is what
+ * counts. */
 static stress *stress_watched;
 static void stress_give_up(const char *why)
 {
     char text[200];
     unsigned long reads = atomic_load(&stress_watched->stale_reads), writes = atomic_load(&stress_watched->stale_writes);
-    int len = snprintf(text, sizeof(text), "unmaps %lu, %s; stale = %lu (%lu read, %lu written)\n", atomic_load(&stress_watched->unmaps),
-                       why, reads + writes, reads, writes);
+    int len = snprintf(text, sizeof(text), "unmaps %lu, %s; stale = %lu (%lu read, %lu written)\n",
+                       atomic_load(&stress_watched->unmaps), why, reads + writes, reads, writes);
     if (write(STDOUT_FILENO, text, (size_t)len) != len)
         _exit(2);
     _exit(reads + writes ? 1 : 2);
@@ -509,8 +522,8 @@ int main(int argc, char **argv)
         printf("%s %lu, ", stress_path_name[p], r.done[p]);
         accesses += r.done[p];
     }
-    printf("refused %lu\naccesses %lu, stale = %lu (%lu read, %lu written)\n", r.refused, accesses, r.stale_reads + r.stale_writes,
-           r.stale_reads, r.stale_writes);
+    printf("refused %lu\naccesses %lu, stale = %lu (%lu read, %lu written)\n", r.refused, accesses,
+           r.stale_reads + r.stale_writes, r.stale_reads, r.stale_writes);
     if (r.broken)
         fprintf(stderr, "stress_iommu: %s\n", r.broken);
     return r.stale_reads + r.stale_writes ? 1 : r.broken ? 2 : 0;

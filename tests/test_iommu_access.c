@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Section "access" of vfu_iommu.h: what is allowed happens to exactly the right bytes, everything else to none, and the fault says
- * where. Every small layout of mappings is tried with every range; then copies that overlap, patterns, words, callbacks and memory
- * that has disappeared. All of it with both kinds of reader.
+ * Section "access" of vfu_iommu.h: what is allowed happens to exactly the right bytes, everything else to none, and the fault
+ * says where. Every small layout of mappings is tried with every range; then copies that overlap, patterns, words, callbacks
+ * and memory that has disappeared. All of it with both kinds of reader.
  */
 #define _GNU_SOURCE
 #include "vfu_iommu.h"
@@ -17,7 +17,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#define RW (VFU_IOMMU_READ | VFU_IOMMU_WRITE)
+#define RW     (VFU_IOMMU_READ | VFU_IOMMU_WRITE)
 #define TOP(n) ((uint64_t)0 - (n)) /* n bytes below 2^64 */
 
 static vfu_iommu *table;
@@ -34,14 +34,14 @@ static void open_readers(void)
     reader = readers[reader_kind];
 }
 
-/* ---- callbacks and guard -------------------------------------------------------------------------------------------------- */
+/* ---- callbacks and guard ---------------------------------------------------------------------------------------------- */
 
 /* Memory behind callbacks is at ctx, for the mapping that begins at io_base. */
 static uint64_t io_base;
-static int io_error;           /* what the callbacks return, from the io_countdown-th call on */
-static unsigned io_countdown;  /* 0: never fail */
+static int io_error;          /* what the callbacks return, from the io_countdown-th call on */
+static unsigned io_countdown; /* 0: never fail */
 static unsigned io_calls;
-static size_t io_len;          /* of the last call */
+static size_t io_len; /* of the last call */
 
 static int io_result(size_t len)
 {
@@ -101,7 +101,7 @@ static int guard(void *ctx, void (*body)(void *arg), void *arg, const void **bad
     return 0;
 }
 
-/* ---- fixture -------------------------------------------------------------------------------------------------------------- */
+/* ---- fixture ---------------------------------------------------------------------------------------------------------- */
 
 static void make_table(void)
 {
@@ -143,22 +143,22 @@ static uint64_t faults_counted(void)
 
 /* The access that gave `result` failed with `error` at `iova`, and was counted and logged once. */
 static uint64_t faults_before;
-#define failed_at(result, wanted, wanted_iova, wanted_prot)                     \
-    do {                                                                        \
-        faults_before = faults_counted();                                       \
-        ck_assert_int_eq(result, wanted);                                       \
-        const vfu_iommu_fault *f_ = vfu_iommu_last_fault(reader);               \
-        vfu_iommu_fault newest_;                                                \
-        ck_assert_int_eq(f_->error, wanted);                                    \
-        ck_assert_uint_eq(f_->iova, (wanted_iova));                              \
-        ck_assert_uint_eq(f_->prot, wanted_prot);                               \
-        ck_assert_uint_eq(faults_counted(), faults_before + 1);                 \
-        ck_assert_uint_eq(vfu_iommu_get_faults(table, &newest_, 1), 1);         \
-        ck_assert_uint_eq(newest_.iova, (wanted_iova));                          \
-        ck_assert_int_eq(newest_.error, wanted);                                \
+#define failed_at(result, wanted, wanted_iova, wanted_prot) \
+    do { \
+        faults_before = faults_counted(); \
+        ck_assert_int_eq(result, wanted); \
+        const vfu_iommu_fault *f_ = vfu_iommu_last_fault(reader); \
+        vfu_iommu_fault newest_; \
+        ck_assert_int_eq(f_->error, wanted); \
+        ck_assert_uint_eq(f_->iova, (wanted_iova)); \
+        ck_assert_uint_eq(f_->prot, wanted_prot); \
+        ck_assert_uint_eq(faults_counted(), faults_before + 1); \
+        ck_assert_uint_eq(vfu_iommu_get_faults(table, &newest_, 1), 1); \
+        ck_assert_uint_eq(newest_.iova, (wanted_iova)); \
+        ck_assert_int_eq(newest_.error, wanted); \
     } while (0)
 
-/* ---- every layout of four mappings, every range --------------------------------------------------------------------------- */
+/* ---- every layout of four mappings, every range ----------------------------------------------------------------------- */
 
 enum { CELL = 4, CELLS = 4, SPAN = CELL * CELLS, STRIDE = 8 };
 
@@ -192,11 +192,11 @@ static int wanted_result(unsigned offset, unsigned len, uint32_t prot, uint64_t 
     return 0;
 }
 
-#define CHECK(condition)                                                                                                        \
-    do {                                                                                                                        \
-        if (!(condition))                                                                                                       \
-            ck_abort_msg("layout %.4s at 0x%llx, %s of %u bytes at %u: %s", layout, (unsigned long long)at_base, what, len, offset, \
-                         #condition);                                                                                           \
+#define CHECK(condition) \
+    do { \
+        if (!(condition)) \
+            ck_abort_msg("layout %.4s at 0x%llx, %s of %u bytes at %u: %s", layout, (unsigned long long)at_base, what, len, \
+                         offset, #condition); \
     } while (0)
 
 enum { READ, WRITE, FILL, COPY_FROM, COPY_TO, PROBE_READ, PROBE_WRITE, PROBE_BOTH, HOWS };
@@ -228,7 +228,9 @@ static void try_range(int how, unsigned offset, unsigned len)
     for (unsigned i = 0; i < SPAN; i++) {
         bool in = moved && i >= offset && i < offset + len;
         char *cell = &cells[i / CELL][i % CELL], was = untouched[i / CELL][i % CELL];
-        char now = in && how == FILL ? pattern[(i - offset) & 1] : in && (how == WRITE || how == COPY_TO) ? (char)(0x80 + i - offset) : was;
+        char now = in && how == FILL                        ? pattern[(i - offset) & 1]
+                   : in && (how == WRITE || how == COPY_TO) ? (char)(0x80 + i - offset)
+                                                            : was;
         CHECK(*cell == now);
         *cell = was;
         bool read = moved && i < len && (how == READ || how == COPY_FROM);
@@ -260,7 +262,8 @@ START_TEST(every_layout)
         for (unsigned c = 0; c < CELLS; c++) {
             uint64_t iova = at_base + c * CELL;
             if (layout[c] == 'i') {
-                vfu_iommu_mapping m = {.iova = iova, .size = CELL, .prot = RW, .io = &io, .io_ctx = (char *)cells + c * (STRIDE - CELL)};
+                vfu_iommu_mapping m = {
+                    .iova = iova, .size = CELL, .prot = RW, .io = &io, .io_ctx = (char *)cells + c * (STRIDE - CELL)};
                 ck_assert_int_eq(vfu_iommu_map(table, &m), 0);
             } else if (layout[c] != '.') {
                 map_kind(layout[c] == 'g' ? 'g' : 'h', iova, CELL, prot_of(layout[c]), cells[c]);
@@ -276,7 +279,7 @@ START_TEST(every_layout)
 }
 END_TEST
 
-/* ---- borders -------------------------------------------------------------------------------------------------------------- */
+/* ---- borders ---------------------------------------------------------------------------------------------------------- */
 
 START_TEST(empty_ranges_do_nothing)
 {
@@ -364,7 +367,7 @@ START_TEST(remapped_addresses)
 }
 END_TEST
 
-/* ---- copies that overlap -------------------------------------------------------------------------------------------------- */
+/* ---- copies that overlap ---------------------------------------------------------------------------------------------- */
 
 /* Sizes of neighbouring mappings, to be repeated, and of which kind they are. The memory behind them is not in order. */
 static const struct mosaic {
@@ -517,7 +520,7 @@ START_TEST(fill_patterns)
 }
 END_TEST
 
-/* ---- words ---------------------------------------------------------------------------------------------------------------- */
+/* ---- words ------------------------------------------------------------------------------------------------------------ */
 
 static const struct word_case {
     const char *name;
@@ -651,7 +654,7 @@ START_TEST(word_orders)
 }
 END_TEST
 
-/* ---- callbacks ------------------------------------------------------------------------------------------------------------ */
+/* ---- callbacks -------------------------------------------------------------------------------------------------------- */
 
 /* host 0x1000..0x1fff, callbacks 0x2000..0x2fff and 0x3000..0x3fff, host 0x4000..0x4fff */
 static char page_memory[4][4096];
@@ -694,7 +697,8 @@ START_TEST(callback_error_of_a_write)
     io_error = -ENODEV;
     io_countdown = 1;
     failed_at(vfu_iommu_write(reader, 0x1800, buffer, 0x3000), -ENODEV, 0x2000, VFU_IOMMU_WRITE);
-    ck_assert(page_memory[0][0x7ff] == 'a' && page_memory[0][0x800] == 'x' && page_memory[1][0] == 'b' && page_memory[3][0] == 'd');
+    ck_assert(page_memory[0][0x7ff] == 'a' && page_memory[0][0x800] == 'x' && page_memory[1][0] == 'b' &&
+              page_memory[3][0] == 'd');
     io_countdown = 1;
     failed_at(vfu_iommu_fill(reader, 0x2800, 16, "yz", 2), -ENODEV, 0x2800, VFU_IOMMU_WRITE);
     io_countdown = 1;
@@ -765,7 +769,7 @@ START_TEST(callbacks_may_use_the_table)
 }
 END_TEST
 
-/* ---- memory that disappears ------------------------------------------------------------------------------------------------ */
+/* ---- memory that disappears ------------------------------------------------------------------------------------------- */
 
 enum { GONE_PAGES = 4, THERE = 2 };
 static char *file_memory;
@@ -792,7 +796,6 @@ static void map_truncated_file(void)
     map_kind('h', file_iova + (uint64_t)(GONE_PAGES * page), 4096, RW, page_memory[1]);
     memset(page_memory, 'p', sizeof(page_memory));
 }
-
 
 START_TEST(truncated_file)
 {

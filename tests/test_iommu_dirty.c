@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Section "dirty log" of vfu_iommu.h: which pages were written, by whatever way, in whatever page size one asks. That no page is
- * lost while threads write is tested in test_iommu_threads.c, and all of it at random in test_iommu_model.c.
+ * Section "dirty log" of vfu_iommu.h: which pages were written, by whatever way, in whatever page size one asks. That no page
+ * is lost while threads write is tested in test_iommu_threads.c, and all of it at random in test_iommu_model.c.
  */
 #define _GNU_SOURCE
 #include "vfu_iommu.h"
@@ -11,7 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define RW (VFU_IOMMU_READ | VFU_IOMMU_WRITE)
+#define RW   (VFU_IOMMU_READ | VFU_IOMMU_WRITE)
 #define BASE UINT64_C(0x100000)
 enum { PAGE = 4096, PAGES = 16 };
 
@@ -19,10 +19,10 @@ static vfu_iommu *table;
 static vfu_iommu_reader *reader;
 static char memory[PAGES][PAGE];
 
-/* ---- an allocator that counts, checks sizes, and fails when it is told to -------------------------------------------------- */
+/* ---- an allocator that counts, checks sizes, and fails when it is told to --------------------------------------------- */
 
 static struct {
-    size_t bytes, most; /* out now; the most since `most` was set to 0 */
+    size_t bytes, most;      /* out now; the most since `most` was set to 0 */
     unsigned calls, fail_at; /* fails that call, from 1 on; 0: never */
 } heap;
 
@@ -54,7 +54,7 @@ static void heap_release(void *ctx, void *block, size_t size)
     free(head);
 }
 
-/* ---- fixture --------------------------------------------------------------------------------------------------------------- */
+/* ---- fixture ---------------------------------------------------------------------------------------------------------- */
 
 static int io_read(void *ctx, uint64_t iova, void *dst, size_t len)
 {
@@ -144,7 +144,7 @@ static const char *drawing(void)
 }
 #define CLEAN "................"
 
-/* ---- what is noted --------------------------------------------------------------------------------------------------------- */
+/* ---- what is noted ---------------------------------------------------------------------------------------------------- */
 
 static uint64_t word;
 static char bytes[PAGES * PAGE];
@@ -347,7 +347,7 @@ START_TEST(arguments)
 }
 END_TEST
 
-/* ---- page sizes ------------------------------------------------------------------------------------------------------------ */
+/* ---- page sizes ------------------------------------------------------------------------------------------------------- */
 
 static const unsigned log_shift[] = {0, 3, 6, 12, 13, 16, 20, 40, 63}, report_shift[] = {0, 2, 6, 11, 12, 14, 21, 41, 63};
 
@@ -440,9 +440,9 @@ START_TEST(reports_from_anywhere)
 }
 END_TEST
 
-/* ---- ranges ---------------------------------------------------------------------------------------------------------------- */
+/* ---- ranges ----------------------------------------------------------------------------------------------------------- */
 
-#define P(n) (BASE + (uint64_t)(n) * PAGE)
+#define P(n) (BASE + (uint64_t)(n)*PAGE)
 static const struct range_case {
     const char *name;
     size_t count;
@@ -530,7 +530,7 @@ START_TEST(up_to_the_last_byte)
 }
 END_TEST
 
-/* ---- memory ---------------------------------------------------------------------------------------------------------------- */
+/* ---- memory ----------------------------------------------------------------------------------------------------------- */
 
 /* Each mapping of these is far from the others, so that each needs memory of its own in the log. */
 static uint64_t far(unsigned n) { return UINT64_C(0x100000000) * (n + 1); }
@@ -582,7 +582,7 @@ START_TEST(limit_while_it_runs)
     ck_assert_int_eq(vfu_iommu_dirty_report(table, far(0), PAGE, PAGE, &bitmap, 1), 0);
     ck_assert_uint_eq(bitmap, 1);
     ck_assert_int_eq(map_host(far(count + 1), PAGE, memory[0]), 0); /* in the place of 0, which is reported now */
-    for (unsigned i = 0; i < count + 2; i++) { /* all that is mapped is still noted */
+    for (unsigned i = 0; i < count + 2; i++) {                      /* all that is mapped is still noted */
         bool mapped = i != 0 && i != 2;
         ck_assert_int_eq(vfu_iommu_dirty_report(table, far(i), PAGE, PAGE, &bitmap, 1), 0);
         ck_assert_uint_eq(bitmap, i == 1);

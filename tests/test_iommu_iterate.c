@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Sections "life cycle", "iterate" and "check" of vfu_iommu.h: how a table is made, from the allocator or in the caller's buffer;
- * what it tells about itself; that it notices when it is damaged; and what it doesn't do: allocate, call the system, touch errno.
+ * Sections "life cycle", "iterate" and "check" of vfu_iommu.h: how a table is made, from the allocator or in the caller's
+ * buffer; what it tells about itself; that it notices when it is damaged; and what it doesn't do: allocate, call the system,
+ * touch errno.
  *
  * Brings the implementation itself, to be able to damage a table.
  */
@@ -25,7 +26,7 @@ static vfu_iommu *table;
 static vfu_iommu_reader *reader;
 static char memory[64];
 
-/* ---- an allocator that counts ----------------------------------------------------------------------------------------------- */
+/* ---- an allocator that counts ----------------------------------------------------------------------------------------- */
 
 static struct {
     unsigned calls, releases;
@@ -57,7 +58,7 @@ static int map_bytes(uint64_t iova, uint64_t size)
     return vfu_iommu_map(table, &m);
 }
 
-/* ---- life cycle ------------------------------------------------------------------------------------------------------------- */
+/* ---- life cycle ------------------------------------------------------------------------------------------------------- */
 
 static int guard(void *ctx, void (*body)(void *arg), void *arg, const void **bad)
 {
@@ -72,7 +73,9 @@ static const struct desc_case {
     bool good;
 } desc_cases[] = {
     {"all defaults", {.max_mappings = 0}, true},
-    {"one of each", {.max_mappings = 1, .max_readers = 1, .cache_entries = 1, .granule = 1, .dirty_limit = 1, .pin_deadline_ms = 1}, true},
+    {"one of each",
+     {.max_mappings = 1, .max_readers = 1, .cache_entries = 1, .granule = 1, .dirty_limit = 1, .pin_deadline_ms = 1},
+     true},
     {"most mappings", {.max_mappings = UINT32_MAX / 2}, true},
     {"too many mappings", {.max_mappings = UINT32_C(1) << 31}, false},
     {"most readers", {.max_readers = 4096}, true},
@@ -116,8 +119,9 @@ END_TEST
 START_TEST(defaults)
 {
     vfu_iommu_reader *readers[17];
-    ck_assert_uint_eq(vfu_iommu_footprint(NULL), vfu_iommu_footprint(&(vfu_iommu_desc){.max_mappings = 65535, .max_readers = 16,
-                                                                                      .cache_entries = 1024, .granule = 1}));
+    ck_assert_uint_eq(vfu_iommu_footprint(NULL),
+                      vfu_iommu_footprint(
+                          &(vfu_iommu_desc){.max_mappings = 65535, .max_readers = 16, .cache_entries = 1024, .granule = 1}));
     ck_assert_int_eq(vfu_iommu_create(&table, NULL), 0);
     for (int i = 0; i < 16; i++)
         ck_assert_int_eq(vfu_iommu_reader_open(table, &readers[i]), 0);
@@ -168,7 +172,7 @@ START_TEST(readers_come_and_go)
 }
 END_TEST
 
-/* ---- the caller's buffer ------------------------------------------------------------------------------------------------------ */
+/* ---- the caller's buffer ---------------------------------------------------------------------------------------------- */
 
 static void *never_alloc(void *ctx, size_t size)
 {
@@ -245,7 +249,8 @@ START_TEST(allocates_once)
         uint64_t iova = i * 128;
         if (vfu_iommu_write(reader, iova, bytes, 64) || vfu_iommu_read(reader, iova, bytes, 64) ||
             vfu_iommu_copy(reader, iova, iova + 16, 48) || vfu_iommu_fill(reader, iova, 64, "x", 1) ||
-            vfu_iommu_store(reader, iova, 8, VFU_IOMMU_RELEASE, 1) || vfu_iommu_load(reader, iova, 8, VFU_IOMMU_ACQUIRE, &value) ||
+            vfu_iommu_store(reader, iova, 8, VFU_IOMMU_RELEASE, 1) ||
+            vfu_iommu_load(reader, iova, 8, VFU_IOMMU_ACQUIRE, &value) ||
             vfu_iommu_pin_take(reader, &pin, iova, 64, RW, segment, 2) != 1)
             ck_abort_msg("access %u", i);
         vfu_iommu_pin_drop(table, &pin);
@@ -260,7 +265,7 @@ START_TEST(allocates_once)
 }
 END_TEST
 
-/* ---- iterate ------------------------------------------------------------------------------------------------------------------ */
+/* ---- iterate ---------------------------------------------------------------------------------------------------------- */
 
 START_TEST(next_from_anywhere)
 {
@@ -268,9 +273,21 @@ START_TEST(next_from_anywhere)
     static const struct {
         uint64_t from;
         int found; /* index, -1: none */
-    } cases[] = {{0, 0},          {0xfff, 0},       {0x1000, 1},  {0x1fff, 1},         {0x2000, 2},          {0x2fff, 2},
-                 {0x3000, 3},     {0x4fff, 3},      {0x5fff, 3},  {0x6000, 4},         {UINT64_C(1) << 39, 4}, {(UINT64_C(1) << 40) + 0xfff, 4},
-                 {(UINT64_C(1) << 40) + 0x1000, 5}, {UINT64_MAX - 0x1000, 5},         {UINT64_MAX, 5}};
+    } cases[] = {{0, 0},
+                 {0xfff, 0},
+                 {0x1000, 1},
+                 {0x1fff, 1},
+                 {0x2000, 2},
+                 {0x2fff, 2},
+                 {0x3000, 3},
+                 {0x4fff, 3},
+                 {0x5fff, 3},
+                 {0x6000, 4},
+                 {UINT64_C(1) << 39, 4},
+                 {(UINT64_C(1) << 40) + 0xfff, 4},
+                 {(UINT64_C(1) << 40) + 0x1000, 5},
+                 {UINT64_MAX - 0x1000, 5},
+                 {UINT64_MAX, 5}};
     vfu_iommu_mapping m = {.iova = 77};
     ck_assert_int_eq(vfu_iommu_create(&table, NULL), 0);
     ck_assert_int_eq(vfu_iommu_next(table, 0, &m), 0);
@@ -332,7 +349,7 @@ START_TEST(statistics)
 }
 END_TEST
 
-/* ---- check ---------------------------------------------------------------------------------------------------------------------- */
+/* ---- check ------------------------------------------------------------------------------------------------------------ */
 
 /* Each damages a table of 20 mappings of 16 bytes at every 32nd address. */
 static vfux_node *root(void) { return &table->nodes[vfux_get(&table->root)]; }
@@ -393,7 +410,7 @@ START_TEST(check_sees_damage)
 }
 END_TEST
 
-/* ---- what it doesn't do ----------------------------------------------------------------------------------------------------------- */
+/* ---- what it doesn't do ----------------------------------------------------------------------------------------------- */
 
 /* errno belongs to the caller, also when a call fails. */
 START_TEST(errno_is_never_touched)
@@ -426,8 +443,8 @@ START_TEST(errno_is_never_touched)
 }
 END_TEST
 
-/* Mapping, unmapping and accessing make no system call: under strict seccomp any but read, write and exit would kill. (Neither
- * would the clock that a pin reads be a system call, but seccomp forbids it as well.) */
+/* Mapping, unmapping and accessing make no system call: under strict seccomp any but read, write and exit would kill.
+ * (Neither would the clock that a pin reads be a system call, but seccomp forbids it as well.) */
 START_TEST(no_system_call)
 {
     pid_t child = fork();

@@ -2,8 +2,8 @@
 /*
  * Section "map" of vfu_iommu.h: map and unmap have the semantics of VFIO's type1v2, wherever in the 2^64 addresses.
  *
- * A table is drawn as a string of 16 pages: "aa.b" is a mapping of two pages, a hole, and a mapping of one. The letter is kept in
- * the mapping's `user`, so what is drawn is what the table gives back.
+ * A table is drawn as a string of 16 pages: "aa.b" is a mapping of two pages, a hole, and a mapping of one. The letter is
+ * kept in the mapping's `user`, so what is drawn is what the table gives back.
  */
 #define _GNU_SOURCE
 #include "vfu_iommu.h"
@@ -19,8 +19,15 @@ enum { PAGES = 16, NODES = 3000 };
 static const struct place {
     uint64_t page, base;
 } places[] = {
-    {1, 0}, {1, 1}, {1, UINT64_MAX - 15}, {16, 0xfffffff0}, {4096, 0}, {4096, 0x7ffff000}, {4096, (uint64_t)0 - 16 * 4096},
-    {UINT64_C(1) << 20, UINT64_C(1) << 40}, {UINT64_C(1) << 59, UINT64_C(1) << 63},
+    {1, 0},
+    {1, 1},
+    {1, UINT64_MAX - 15},
+    {16, 0xfffffff0},
+    {4096, 0},
+    {4096, 0x7ffff000},
+    {4096, (uint64_t)0 - 16 * 4096},
+    {UINT64_C(1) << 20, UINT64_C(1) << 40},
+    {UINT64_C(1) << 59, UINT64_C(1) << 63},
 };
 enum { PLACES = sizeof(places) / sizeof(places[0]) };
 
@@ -216,9 +223,9 @@ START_TEST(destroy_gives_back)
 }
 END_TEST
 
-#define TOP ((uint64_t)0)
+#define TOP  ((uint64_t)0)
 #define HALF (UINT64_C(1) << 63)
-#define H memory
+#define H    memory
 static const struct map_args {
     const char *name;
     uint64_t granule;

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The whole of vfu_iommu.h against a model that is too simple to be wrong: an array with one entry for each page of a small window
- * of addresses, and a second copy of the memory. Random operations run on both, and after each one the result, the fault, the
- * counters, the bytes and the tree's invariants are compared.
+ * The whole of vfu_iommu.h against a model that is too simple to be wrong: an array with one entry for each page of a small
+ * window of addresses, and a second copy of the memory. Random operations run on both, and after each one the result, the
+ * fault, the counters, the bytes and the tree's invariants are compared.
  *
  * 100,000 operations for each seed and granule; more, and another seed, by the environment:
  *     VFU_MODEL_OPS=10000000 VFU_MODEL_SEED=7 build/tests/test_iommu_model
@@ -50,7 +50,7 @@ static vfu_iommu_stats expected;
 static struct pin pins[PINS];
 static vfu_iommu *table;
 static vfu_iommu_reader *reader, *readers[2]; /* the one in use; a plain and a local one */
-static bool thrifty; /* long run: looks at the whole less often */
+static bool thrifty;                          /* long run: looks at the whole less often */
 
 /* The dirty log: by pages of its own size, what has to be reported and what may be. */
 static struct {
@@ -61,11 +61,11 @@ static struct {
     bool must[CELLS + 2], may[CELLS + 2];
 } dirty;
 
-/* ---- luck and failure ---------------------------------------------------------------------------------------------------- */
+/* ---- luck and failure ------------------------------------------------------------------------------------------------- */
 
 static uint64_t seed, luck;
 static unsigned long op_number;
-static char op_text[200];
+static bool trace;
 
 static uint64_t random64(void)
 {
@@ -81,28 +81,29 @@ static bool one_in(uint64_t n) { return below(n) == 0; }
 __attribute__((format(printf, 1, 2))) static void op_is(const char *format, ...)
 {
     va_list list;
-    if (!getenv("VFU_MODEL_TRACE"))
+    if (!trace)
         return;
+    fprintf(stderr, "%lu: ", op_number);
     va_start(list, format);
-    vsnprintf(op_text, sizeof(op_text), format, list);
+    vfprintf(stderr, format, list);
     va_end(list);
-    fprintf(stderr, "%lu: %s\n", op_number, op_text);
+    fputc('\n', stderr);
 }
 
-#define must_be(condition, ...)                                                                                              \
-    do {                                                                                                                     \
-        if (!(condition)) {                                                                                                  \
-            char why[200];                                                                                                   \
-            snprintf(why, sizeof(why), __VA_ARGS__);                                                                         \
-            ck_abort_msg("seed %llu, granule %llu, base 0x%llx, operation %lu: %s: %s (VFU_MODEL_TRACE=1 shows them)",       \
+#define must_be(condition, ...) \
+    do { \
+        if (!(condition)) { \
+            char why[200]; \
+            snprintf(why, sizeof(why), __VA_ARGS__); \
+            ck_abort_msg("seed %llu, granule %llu, base 0x%llx, operation %lu: %s: %s (VFU_MODEL_TRACE=1 shows them)", \
                          (unsigned long long)seed, (unsigned long long)unit, (unsigned long long)base, op_number, #condition, \
-                         why);                                                                                               \
-        }                                                                                                                    \
+                         why); \
+        } \
     } while (0)
 
 typedef unsigned long long ull;
 
-/* ---- the model ----------------------------------------------------------------------------------------------------------- */
+/* ---- the model -------------------------------------------------------------------------------------------------------- */
 
 static bool is_range(uint64_t iova, uint64_t len) { return len && len - 1 <= UINT64_MAX - iova; }
 
@@ -200,7 +201,7 @@ static void model_wrote(uint64_t iova, const char *bytes, uint64_t len)
     model_dirty(iova, len, true);
 }
 
-/* ---- the table's callbacks ----------------------------------------------------------------------------------------------- */
+/* ---- the table's callbacks -------------------------------------------------------------------------------------------- */
 
 /* What a callback is asked to move lies inside the one mapping that it belongs to. */
 static char *io_place(void *ctx, uint64_t iova, size_t len)
@@ -258,7 +259,7 @@ static void removed(void *ctx, const vfu_iommu_mapping *m)
     removed_bytes += m->size;
 }
 
-/* ---- comparisons --------------------------------------------------------------------------------------------------------- */
+/* ---- comparisons ------------------------------------------------------------------------------------------------------ */
 
 static void same_result(int got, int wanted, uint64_t at, uint32_t prot)
 {
@@ -295,13 +296,13 @@ static void same_stats(void)
     vfu_iommu_get_stats(table, &got);
     must_be(got.mappings == expected.mappings && got.bytes == expected.bytes && got.maps == expected.maps &&
                 got.unmaps == expected.unmaps && got.faults == expected.faults && got.pins == expected.pins,
-            "mappings %llu/%llu bytes %llu/%llu maps %llu/%llu unmaps %llu/%llu faults %llu/%llu pins %llu/%llu", (ull)got.mappings,
-            (ull)expected.mappings, (ull)got.bytes, (ull)expected.bytes, (ull)got.maps, (ull)expected.maps, (ull)got.unmaps,
-            (ull)expected.unmaps, (ull)got.faults, (ull)expected.faults, (ull)got.pins, (ull)expected.pins);
+            "mappings %llu/%llu bytes %llu/%llu maps %llu/%llu unmaps %llu/%llu faults %llu/%llu pins %llu/%llu",
+            (ull)got.mappings, (ull)expected.mappings, (ull)got.bytes, (ull)expected.bytes, (ull)got.maps, (ull)expected.maps,
+            (ull)got.unmaps, (ull)expected.unmaps, (ull)got.faults, (ull)expected.faults, (ull)got.pins, (ull)expected.pins);
     must_be(!got.dirty_size == !dirty.runs, "dirty_size %llu", (ull)got.dirty_size);
 }
 
-/* ---- choices ------------------------------------------------------------------------------------------------------------- */
+/* ---- choices ---------------------------------------------------------------------------------------------------------- */
 
 static uint64_t some_pages(void) { return one_in(8) ? 1 + below(64) : 1 + below(6); }
 
@@ -346,12 +347,9 @@ static void some_bytes(uint64_t len)
     }
 }
 
-static uint32_t some_prot(void)
-{
-    return one_in(2) ? VFU_IOMMU_READ | VFU_IOMMU_WRITE : 1 + (uint32_t)below(3);
-}
+static uint32_t some_prot(void) { return one_in(2) ? VFU_IOMMU_READ | VFU_IOMMU_WRITE : 1 + (uint32_t)below(3); }
 
-/* ---- operations ---------------------------------------------------------------------------------------------------------- */
+/* ---- operations ------------------------------------------------------------------------------------------------------- */
 
 static void do_map(void)
 {
@@ -717,7 +715,8 @@ static void do_dirty_report(void)
     uint64_t words = ((size - 1) >> shift) / 64 + 1;
     memset(got, 0xa5, sizeof(got));
     op_is("dirty report 0x%llx + %llu by %u", (ull)first, (ull)size, shift);
-    int wanted = dirty.runs ? 0 : -EINVAL, result = vfu_iommu_dirty_report(table, first, size, UINT64_C(1) << shift, got, (size_t)words);
+    int wanted = dirty.runs ? 0 : -EINVAL,
+        result = vfu_iommu_dirty_report(table, first, size, UINT64_C(1) << shift, got, (size_t)words);
     must_be(result == wanted, "report: %d", result);
     must_be(got[wanted ? 0 : words] == UINT64_C(0xa5a5a5a5a5a5a5a5), "report wrote more words than it needs");
     if (wanted)
@@ -836,6 +835,7 @@ START_TEST(against_the_model)
     luck = (seed + 1) * UINT64_C(0x9E3779B97F4A7C15);
     unit = granules[_i % 3];
     thrifty = operations > 100000;
+    trace = getenv("VFU_MODEL_TRACE") != NULL;
     /* at zero, across 2^32, at an odd place, and at the very top */
     const uint64_t bases[PHASES] = {0, (UINT64_C(1) << 32) - 100 * unit, UINT64_C(0x123456789000) + 3 * unit, 0 - PAGES * unit};
     for (int phase = 0; phase < PHASES; phase++) {

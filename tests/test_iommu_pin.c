@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Section "pin" of vfu_iommu.h: segments for work in place, and how an unmap waits for them: for those of its own range only, with
- * a request to let go, until a deadline that is reported. Callbacks that are under way hold their mapping in the same way.
+ * Section "pin" of vfu_iommu.h: segments for work in place, and how an unmap waits for them: for those of its own range only,
+ * with a request to let go, until a deadline that is reported. Callbacks that are under way hold their mapping in the same
+ * way.
  *
  * No test depends on how fast this machine is: what must be true "meanwhile" is tested while a thread is known to wait.
  */
@@ -16,7 +17,7 @@
 #include <string.h>
 #include <time.h>
 
-#define RW (VFU_IOMMU_READ | VFU_IOMMU_WRITE)
+#define RW   (VFU_IOMMU_READ | VFU_IOMMU_WRITE)
 #define BASE UINT64_C(0x100000)
 enum { PAGE = 4096, PAGES = 8 };
 
@@ -46,7 +47,7 @@ static uint64_t pins_now(void)
     return stats.pins;
 }
 
-/* ---- memory behind callbacks, and a guard that is never needed ------------------------------------------------------------- */
+/* ---- memory behind callbacks, and a guard that is never needed -------------------------------------------------------- */
 
 static atomic_int io_entered, io_may_return, io_asked;
 static uint64_t io_asked_iova, io_asked_size;
@@ -77,7 +78,7 @@ static int guard(void *ctx, void (*body)(void *arg), void *arg, const void **bad
     return 0;
 }
 
-/* ---- fixture --------------------------------------------------------------------------------------------------------------- */
+/* ---- fixture ---------------------------------------------------------------------------------------------------------- */
 
 static vfu_iommu_stuck stuck_last;
 static atomic_int stuck_calls, stuck_fails_at; /* 0: never */
@@ -93,7 +94,8 @@ static int on_stuck(void *ctx, const vfu_iommu_stuck *stuck)
     return calls == atomic_load(&stuck_fails_at) ? -ETIMEDOUT : 0;
 }
 
-/* One letter for each page, each of which is a mapping: h host, r and w host with one permission, i callbacks, g guarded, . hole */
+/* One letter for each page, each of which is a mapping: h host, r and w host with one permission, i callbacks, g guarded,
+ * . hole */
 static void make_table(const char *layout, uint32_t deadline_ms, bool with_stuck)
 {
     vfu_iommu_desc desc = {
@@ -105,7 +107,11 @@ static void make_table(const char *layout, uint32_t deadline_ms, bool with_stuck
     stuck_drops = NULL;
     for (unsigned i = 0; layout[i]; i++) {
         char c = layout[i];
-        vfu_iommu_mapping m = {.iova = page(i), .size = PAGE, .prot = c == 'r' ? VFU_IOMMU_READ : c == 'w' ? VFU_IOMMU_WRITE : RW};
+        vfu_iommu_mapping m = {.iova = page(i),
+                               .size = PAGE,
+                               .prot = c == 'r'   ? VFU_IOMMU_READ
+                                       : c == 'w' ? VFU_IOMMU_WRITE
+                                                  : RW};
         m.host = c == 'i' ? NULL : memory[i];
         m.io = c == 'i' ? &io : NULL;
         m.flags = c == 'g' ? VFU_IOMMU_GUARDED : 0;
@@ -177,7 +183,7 @@ static int result_of(unmapper *u)
     return u->result;
 }
 
-/* ---- taking ---------------------------------------------------------------------------------------------------------------- */
+/* ---- taking ----------------------------------------------------------------------------------------------------------- */
 
 static const struct take_case {
     const char *name, *layout;
@@ -275,7 +281,7 @@ START_TEST(a_pin_outlives_its_reader)
 }
 END_TEST
 
-/* ---- waiting --------------------------------------------------------------------------------------------------------------- */
+/* ---- waiting ---------------------------------------------------------------------------------------------------------- */
 
 /* Without `stuck` the deadline ends the unmap, and everything is as it was: also the mappings that nobody holds. */
 START_TEST(deadline_restores_the_table)
@@ -390,7 +396,7 @@ START_TEST(let_go_that_takes_a_moment)
 }
 END_TEST
 
-/* ---- while an unmap waits -------------------------------------------------------------------------------------------------- */
+/* ---- while an unmap waits --------------------------------------------------------------------------------------------- */
 
 /* Its own range is closed to everything new; all others go on as if nothing were. */
 START_TEST(other_ranges_are_not_delayed)

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * vfu_iommu.h with many threads: the stress of the promise (stress_iommu.c) in a short run, and what else must hold while others
- * map, unmap, write and report. Everything here is free of races of its own, and is also run under ThreadSanitizer.
+ * vfu_iommu.h with many threads: the stress of the promise (stress_iommu.c) in a short run, and what else must hold while
+ * others map, unmap, write and report. Everything here is free of races of its own, and is also run under ThreadSanitizer.
  */
 #define STRESS_IOMMU_INCLUDED
 #include "stress_iommu.c"
@@ -49,7 +49,7 @@ static int map_bytes(uint64_t iova, uint64_t size, void *host)
     return vfu_iommu_map(table, &m);
 }
 
-/* ---- the promise ---------------------------------------------------------------------------------------------------------- */
+/* ---- the promise ------------------------------------------------------------------------------------------------------ */
 
 START_TEST(no_stale_access)
 {
@@ -65,14 +65,14 @@ START_TEST(no_stale_access)
 }
 END_TEST
 
-/* ---- no false fault --------------------------------------------------------------------------------------------------------- */
+/* ---- no false fault --------------------------------------------------------------------------------------------------- */
 
 enum { GROWING = 20000, STABLE = 512 };
 static atomic_uint grown;
 static char cell[64];
 
-/* Whatever was mapped before the access began is found, although the tree turns under the walk. The count is read relaxed, so that
- * ThreadSanitizer sees whether the table itself orders a new mapping before the walk that finds it. */
+/* Whatever was mapped before the access began is found, although the tree turns under the walk. The count is read relaxed,
+ * so that ThreadSanitizer sees whether the table itself orders a new mapping before the walk that finds it. */
 static void *probe_what_has_grown(void *arg)
 {
     uint64_t luck = (uintptr_t)arg + 1;
@@ -117,7 +117,8 @@ static void *probe_what_is_stable(void *arg)
         abort();
     while (!atomic_load_explicit(&stop, memory_order_relaxed)) {
         uint64_t n = next_luck(&luck) % STABLE;
-        int err = next_luck(&luck) % 2 ? vfu_iommu_read(reader, n * 4096, bytes, 64) : vfu_iommu_probe(reader, n * 4096 + 63, 1, RW);
+        int err =
+            next_luck(&luck) % 2 ? vfu_iommu_read(reader, n * 4096, bytes, 64) : vfu_iommu_probe(reader, n * 4096 + 63, 1, RW);
         if (err)
             atomic_fetch_add(&wrong, 1);
     }
@@ -149,7 +150,7 @@ START_TEST(stable_mappings_among_others)
 }
 END_TEST
 
-/* ---- many unmaps at once ---------------------------------------------------------------------------------------------------- */
+/* ---- many unmaps at once ---------------------------------------------------------------------------------------------- */
 
 enum { CONTENDED = 32 };
 static atomic_ulong removed_calls, removed_returned;
@@ -220,12 +221,13 @@ START_TEST(unmaps_of_the_same_ranges)
 }
 END_TEST
 
-/* ---- order of atomic accesses ------------------------------------------------------------------------------------------------ */
+/* ---- order of atomic accesses ----------------------------------------------------------------------------------------- */
 
 enum { LETTERS = 3000 };
 static _Alignas(64) unsigned char ring[192]; /* flag, data, answer */
 
-/* A ring of one place, as a driver and a device have it: data, then the flag with RELEASE; the flag with ACQUIRE, then data. */
+/* A ring of one place, as a driver and a device have it: data, then the flag with RELEASE; the flag with ACQUIRE, then
+ * data. */
 static void *answer_letters(void *arg)
 {
     vfu_iommu_reader *reader;
@@ -273,7 +275,7 @@ START_TEST(release_and_acquire)
 }
 END_TEST
 
-/* ---- the dirty log while threads write --------------------------------------------------------------------------------------- */
+/* ---- the dirty log while threads write -------------------------------------------------------------------------------- */
 
 enum { WRITERS = 2, LOG_PAGES = 2048, LOG_PAGE = 64, ROUNDS = 20, BURST = 4000 };
 static _Alignas(64) uint64_t logged_memory[LOG_PAGES][LOG_PAGE / 8];
@@ -351,11 +353,12 @@ START_TEST(no_dirty_page_is_lost)
 }
 END_TEST
 
-/* ---- a local reader among other threads ---------------------------------------------------------------------------------------- */
+/* ---- a local reader among other threads ------------------------------------------------------------------------------- */
 
 enum { LOCAL_SLOTS = 8, LOCAL_SLOT = 4096, LOCAL_ROUNDS = 3000 };
-static _Alignas(64) unsigned char local_memory[LOCAL_SLOTS][LOCAL_SLOT]; /* first half: all read; second: the local reader writes */
-static atomic_bool local_wanted[LOCAL_SLOTS];                           /* unmapped, and clean again: the mapper may have it */
+static _Alignas(
+    64) unsigned char local_memory[LOCAL_SLOTS][LOCAL_SLOT]; /* first half: all read; second: the local reader writes */
+static atomic_bool local_wanted[LOCAL_SLOTS];                /* unmapped, and clean again: the mapper may have it */
 static atomic_uint local_reads;
 
 static void *map_what_is_wanted(void *arg)

@@ -1,15 +1,16 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * What validation costs: vfu_iommu.h beside a plain memcpy of the same bytes, in the same run, with the same stream of addresses.
+ * What validation costs: vfu_iommu.h beside a plain memcpy of the same bytes, in the same run, with the same stream of
+ * addresses.
  *
  *     make bench-iommu
  *
- * The floor is memcpy() from host pointers that were looked up beforehand and wait in an array; ours walks an array of the same length
- * with IOVAs, so that both sides pay the same for their stream of addresses. memcpy is called through a volatile pointer, so that
- * it is a call with a length of run time, as it is on our side. "local" is a reader of the thread that unmaps, "plain" is any other
- * (vfu_iommu_reader_open_local, vfu_iommu_reader_open). Each figure is the median of ROUNDS rounds, with the least and the
- * greatest; a ratio or difference is taken within each round first, and the sides take turns at going first. What one thread does
- * is measured in its own processor time, so that a busy machine disturbs it less.
+ * The floor is memcpy() from host pointers that were looked up beforehand and wait in an array; ours walks an array of the
+ * same length with IOVAs, so that both sides pay the same for their stream of addresses. memcpy is called through a volatile
+ * pointer, so that it is a call with a length of run time, as it is on our side. "local" is a reader of the thread that
+ * unmaps, "plain" is any other (vfu_iommu_reader_open_local, vfu_iommu_reader_open). Each figure is the median of ROUNDS
+ * rounds, with the least and the greatest; a ratio or difference is taken within each round first, and the sides take turns
+ * at going first. What one thread does is measured in its own processor time, so that a busy machine disturbs it less.
  *
  * Mappings are adjacent and were made in random order. Their memory is one arena, which larger tables use several times over.
  */
@@ -28,17 +29,17 @@
 
 enum {
     ROUNDS = 7,
-    STREAM = 1 << 19,   /* addresses; each round goes on where the last one ended */
-    LOOKUPS = 100000,   /* in a round */
+    STREAM = 1 << 19, /* addresses; each round goes on where the last one ended */
+    LOOKUPS = 100000, /* in a round */
     SMALL = 100000,
     LARGE = 20000,
     PAIRS = 20000,
-    HOT = 64,           /* mappings that get 95 % of the accesses */
+    HOT = 64, /* mappings that get 95 % of the accesses */
     BUSY_UNMAPS = 10000,
     PAGE = 4096
 };
 #define ARENA ((size_t)256 << 20)
-#define BASE UINT64_C(0x100000000)
+#define BASE  UINT64_C(0x100000000)
 
 static void fail(const char *what)
 {
@@ -46,7 +47,7 @@ static void fail(const char *what)
     exit(1);
 }
 
-/* ---- time and numbers ------------------------------------------------------------------------------------------------------ */
+/* ---- time and numbers ------------------------------------------------------------------------------------------------- */
 
 static double read_clock(clockid_t clock)
 {
@@ -88,7 +89,7 @@ static void settle(figure *f)
     f->greatest = sorted[ROUNDS - 1];
 }
 
-/* ---- the table ------------------------------------------------------------------------------------------------------------- */
+/* ---- the table -------------------------------------------------------------------------------------------------------- */
 
 enum kind { LOCAL, PLAIN, KINDS };
 
@@ -139,7 +140,7 @@ static void make_places(uint32_t count, bool mixed)
     }
 }
 
-/* ---- streams of addresses --------------------------------------------------------------------------------------------------- */
+/* ---- streams of addresses --------------------------------------------------------------------------------------------- */
 
 static uint64_t *stream_iova; /* where ours finds its addresses */
 static char **stream_host;    /* where memcpy finds the same */
@@ -171,7 +172,7 @@ static double time_floor(size_t at, size_t count, size_t len)
     return (own_ns() - start) / (double)count;
 }
 
-static double time_read(enum kind kind, size_t at, size_t count, size_t len)
+static double time_read(int kind, size_t at, size_t count, size_t len)
 {
     int err = 0;
     double start = own_ns();
@@ -183,7 +184,7 @@ static double time_read(enum kind kind, size_t at, size_t count, size_t len)
     return took;
 }
 
-static double time_lookup(enum kind kind, size_t at, size_t count)
+static double time_lookup(int kind, size_t at, size_t count)
 {
     int err = 0;
     double start = own_ns();
@@ -245,7 +246,7 @@ static void measure_lookup(figure *f)
     }
 }
 
-/* ---- updates ---------------------------------------------------------------------------------------------------------------- */
+/* ---- updates ---------------------------------------------------------------------------------------------------------- */
 
 /* Takes out a random mapping and puts it back. */
 static void measure_pairs(figure *f)
@@ -343,7 +344,7 @@ static busy_figures measure_busy_unmap(void)
     };
 }
 
-/* ---- memory ------------------------------------------------------------------------------------------------------------------ */
+/* ---- memory ----------------------------------------------------------------------------------------------------------- */
 
 /* The memory of a table comes from here, so that it can be asked which pages of it are really there. */
 static char *table_memory;
@@ -396,7 +397,7 @@ static memory_figures measure_memory(void)
     return f;
 }
 
-/* ---- the tables that are printed -------------------------------------------------------------------------------------------- */
+/* ---- the tables that are printed -------------------------------------------------------------------------------------- */
 
 typedef struct row {
     uint32_t count;
@@ -488,9 +489,11 @@ static void print_access_table(const char *title, const char *heads, int which)
 
 static void print_updates(void)
 {
-    printf("\nUpdates, ns, and memory. Busy: another thread reads 4 KiB of the mapping until it is removed; p50 and p99 of all unmaps,\n"
-           "p50 of those that met an access in flight, and their share.\n"
-           " mappings  size            | map + unmap            | unmap while busy: p50, p99, in flight     | bytes per mapping\n");
+    printf(
+        "\nUpdates, ns, and memory. Busy: another thread reads 4 KiB of the mapping until it is removed; p50 and p99 of all "
+        "unmaps,\n"
+        "p50 of those that met an access in flight, and their share.\n"
+        " mappings  size            | map + unmap            | unmap while busy: p50, p99, in flight     | bytes per mapping\n");
     for (int i = 0; i < ROWS; i++) {
         const row *r = &rows[i];
         print_case(r, -1);
@@ -556,16 +559,20 @@ int main(void)
         rows[i].mixed = i % 2;
         measure_row(&rows[i]);
     }
-    printf("Median of %d rounds, least..greatest, ns. mixed: 4 KiB to 2 MiB. hot: 95 %% of the accesses to %d mappings.\n", ROUNDS, HOT);
+    printf("Median of %d rounds, least..greatest, ns. mixed: 4 KiB to 2 MiB. hot: 95 %% of the accesses to %d mappings.\n",
+           ROUNDS, HOT);
     print_access_table("Lookup: may one byte be read?", "| local                  | plain", 0);
-    print_access_table("64 B: memcpy, and how much more a validated read takes", "| memcpy                 | local: +               | plain: +", 1);
-    print_access_table("4 KiB: memcpy, and how many times that a validated read takes", "| memcpy                 | local: x               | plain: x", 2);
+    print_access_table("64 B: memcpy, and how much more a validated read takes",
+                       "| memcpy                 | local: +               | plain: +", 1);
+    print_access_table("4 KiB: memcpy, and how many times that a validated read takes",
+                       "| memcpy                 | local: x               | plain: x", 2);
     print_updates();
     figure stream;
     for (int r = 0; r < ROUNDS; r++)
         stream.round[r] = time_stream((size_t)r * SMALL, SMALL);
     settle(&stream);
-    printf("\nReading the stream of addresses is %.1f ns of each access, on both sides; looking up the floor's pointers beforehand is not\n"
+    printf("\nReading the stream of addresses is %.1f ns of each access, on both sides; looking up the floor's pointers "
+           "beforehand is not\n"
            "counted. An empty table of 65,536 with 16 readers takes %zu KiB.\n",
            stream.median, rows[4].memory.empty / 1024);
     print_targets();
