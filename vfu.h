@@ -1321,7 +1321,7 @@ VFU_API int vfu_dev_poll(vfu_dev *dev);
 VFU_API unsigned vfu_dev_fds(vfu_dev *dev, vfu_pollfd fds[VFU_DEV_FDS]);
 VFU_API int vfu_dev_timeout(vfu_dev *dev);
 
-/* Makes run return. Any thread, and signal handlers. */
+/* Makes run return, and ends the wait of a loop of the caller's own. Any thread, and signal handlers. */
 VFU_API void vfu_dev_stop(vfu_dev *dev);
 
 /* Asks for the work callback. */
@@ -4652,6 +4652,8 @@ VFU_API unsigned vfu_pci_write(vfu_pci *pci, uint32_t offset, const void *buf, u
     for (uint32_t at = offset; at < offset + len; at++) {
         uint8_t value = bytes[at - offset], old = pci->config[at];
         uint8_t now = (uint8_t)((old & ~pci->writable[at]) | (value & pci->writable[at]));
+        if (pci->pm_at && at == pci->pm_at + (uint32_t)VFUX_PM_CONTROL && (now & 3) % 3)
+            now = (uint8_t)((now & ~3) | (old & 3)); /* D1 and D2 are not there: such a write is discarded */
         pci->config[at] = (uint8_t)(now & ~(value & pci->clearable[at]));
         if (pci->config[at] != old)
             changed |= vfux_pci_changed(pci, at);
@@ -7573,15 +7575,16 @@ VFU_API int vfu_client_serve(vfu_client *client, int wake_fd, int timeout_ms)
     int decoded, woken = 0;
     if (!client->conn)
         return -EPIPE;
-    for (bool last = false; !last;) {
-        woken = vfux_client_wait(client, wake_fd, until);
-        last = woken || vfux_now_ms() > until;
-        int err =
-            client->conn ? vfux_client_next(client, &msg, &decoded) : 0; /* what was received is served, whatever ended it */
+    for (bool last = false;; last = woken || vfux_now_ms() > until) {
+        /* What is in the buffer is served before waiting, and what was received after, whatever has ended the wait. */
+        int err = client->conn ? vfux_client_next(client, &msg, &decoded) : 0;
         if (err > 0)
             err = vfux_client_break(client, -EPROTO, "a reply to nothing that was asked");
         if (err < 0)
             return err == -ECONNRESET ? -EPIPE : err;
+        if (last)
+            break;
+        woken = vfux_client_wait(client, wake_fd, until);
     }
     return woken == -ETIMEDOUT ? 0 : woken;
 }

@@ -598,6 +598,7 @@ static void catch_signals(void)
     sigaction(SIGTERM, &action, NULL);
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGUSR1, &action, NULL);
+    signal(SIGPIPE, SIG_IGN); /* whoever read the messages of --verbose may stop doing so */
 }
 
 int main(int argc, char **argv)
