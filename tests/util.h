@@ -446,7 +446,18 @@ static inline vfu_dev_desc rig_desc(rig *r)
             },
         .share = {[2] = &shares[0], [5] = &shares[1]},
         .ctx = r,
-        .callbacks = {rig_read, rig_write, rig_reset, rig_config, rig_connected, rig_disconnected, rig_work, rig_mapped, rig_unmapped},
+        .callbacks =
+            {
+                .region_read = rig_read,
+                .region_write = rig_write,
+                .reset = rig_reset,
+                .config_written = rig_config,
+                .connected = rig_connected,
+                .disconnected = rig_disconnected,
+                .work = rig_work,
+                .dma_mapped = rig_mapped,
+                .dma_unmapped = rig_unmapped,
+            },
         .logger = {.write = ignore_log},
     };
 }
@@ -512,10 +523,10 @@ static inline int rig_receive(rig *r)
     return got;
 }
 
-/* The bytes of a message, in a static buffer. */
+/* The bytes of a message, in a buffer of the thread's. */
 static inline const uint8_t *encoded(const vfu_msg *msg, size_t *len)
 {
-    static uint8_t bytes[(16 << 20) + PAGE];
+    static _Thread_local uint8_t bytes[(1 << 20) + 2 * PAGE];
     int n = vfu_msg_encode(msg, bytes, sizeof(bytes));
     must(n);
     *len = (size_t)n;

@@ -1,21 +1,30 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The program that check-qemu runs inside a guest: it finds the DMA engine on the guest's PCI bus, drives it and checks
- * every byte.
+ * The program that check-qemu runs inside a guest: it finds the DMA engine or the serial port on the guest's PCI bus, drives it
+ * and checks every byte.
  *
  *     guest plain            no IOMMU in the guest: identity, capabilities, registers, device RAM, DMA by physical address, reset
  *     guest vfio             the guest has an IOMMU: the device is taken through VFIO (vfio-pci, type1v2) as a user-space driver
  *                            would do it
  *     guest vfio-messages    the same where the engine's DMA travels as messages
+ *     guest serial           the serial port, through the kernel's own driver
+ *     guest stamp SEED SIZE  run by the host: the bytes of stamp() to standard output
  *
  * What it says goes to standard output, a serial line whose other end is run.sh:
  *
  *     ok TEXT, FAIL TEXT      a check
  *     # TEXT                  for the reader
+ *     BOOT                    the first line; the host answers `all`, or `busy`: map memory and have the engine copy without end
+ *     BUSY                    that is done; when the host answers, the guest restarts without tidying up
  *     PHASE NAME              then, what the engine's table of mappings should be at this moment:
  *     EXPECT FIRST LAST PROT  a range that is mapped, and nothing else is
  *     COVER FIRST LAST PROT   a range that is mapped, whatever else is
  *     WAIT                    the host compares, and answers with a line on standard input
+ *     SAY TEXT                the host sends the line TEXT to the serial port
+ *     HEAR TEXT               the host expects the line TEXT from the serial port
+ *     FEED SEED SIZE          the host sends the bytes of stamp() to the serial port
+ *     TAKE SEED SIZE          the host expects the bytes of stamp() from the serial port
+ *     TAKEN                   the host says whether they came, and answers with a line
  *     GUEST PASS N            the end: N checks held, or GUEST FAIL
  *
  * Exit status: 0 after GUEST PASS, 1 after GUEST FAIL.
@@ -41,6 +50,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <linux/serial.h>
 #include <linux/vfio.h>
 
 enum {
@@ -169,14 +179,36 @@ static void phase_begin(const char *name) {
     printf("PHASE %s\n", name);
 }
 
-static void phase_wait(void) {
+/* The host's answer to a line; of a long one the beginning. */
+static const char *ask(const char *question) {
+    static char answer[16];
+    size_t length = 0;
     char c;
 
-    puts("WAIT");
+    puts(question);
     fflush(stdout);
-    do {
+    for (;;) {
         need(read(STDIN_FILENO, &c, 1) == 1, "an answer from the host");
-    } while (c != '\n');
+        if (c == '\n')
+            break;
+        if (length < sizeof answer - 1)
+            answer[length++] = c;
+    }
+    answer[length] = '\0';
+    return answer;
+}
+
+static void phase_wait(void) {
+    ask("WAIT");
+}
+
+/* The processor is reset at once: no driver is told, no mapping goes. */
+static _Noreturn void restart(void) {
+    int fd = open("/proc/sysrq-trigger", O_WRONLY | O_CLOEXEC);
+
+    need(fd >= 0 && write(fd, "b", 1) == 1, "/proc/sysrq-trigger");
+    for (;;)
+        pause();
 }
 
 /* ---- Memory --------------------------------------------------------------------------------------------------------------- */
@@ -267,7 +299,7 @@ static bool sysfs_write(const char *directory, const char *file, const char *tex
     return put == (ssize_t)strlen(text);
 }
 
-static void find_device(void) {
+static void find_device(unsigned id) {
     const char *root = "/sys/bus/pci/devices";
     DIR *directory = opendir(root);
     struct dirent *entry;
@@ -280,14 +312,14 @@ static void find_device(void) {
         if (entry->d_name[0] == '.' || strlen(entry->d_name) >= sizeof device_name)
             continue;
         snprintf(path, sizeof path, "%s/%.*s", root, (int)sizeof device_name, entry->d_name);
-        if (sysfs_number(path, "vendor") != 0x1234 || sysfs_number(path, "device") != 0xD3A1)
+        if (sysfs_number(path, "vendor") != 0x1234 || sysfs_number(path, "device") != id)
             continue;
         snprintf(device_name, sizeof device_name, "%s", entry->d_name);
         snprintf(device_path, sizeof device_path, "%s", path);
         found++;
     }
     closedir(directory);
-    if (!check(found == 1, "one device 1234:d3a1 on the PCI bus, at %s", found > 0 ? device_name : "no place"))
+    if (!check(found == 1, "one device 1234:%04x on the PCI bus, at %s", id, found > 0 ? device_name : "no place"))
         finish();
 }
 
@@ -416,6 +448,20 @@ static void check_registers(void) {
     *(volatile uint16_t *)(registers + R_SRC + 2) = 0xFFFF;
     check(get64(R_SRC) == 0 && registers[R_MAGIC] == 0 && *(volatile uint16_t *)(registers + R_MAGIC) == 0,
           "1- and 2-byte accesses read as zero and write nothing");
+}
+
+/* Has the engine copy without end, tells the host, and restarts if it lets us. */
+static _Noreturn void busy(uint64_t source, uint64_t destination, uint64_t length) {
+    uint64_t end = milliseconds() + 20000;
+
+    set32(R_REPEAT, 0xFFFFFFFF);
+    start(CMD_COPY, source, destination, length);
+    while (get64(R_COMPLETED) < 3 && milliseconds() < end)
+        continue;
+    if (!check(get32(R_STATUS) == ST_BUSY && get64(R_COMPLETED) >= 3, "COPY without end is under way"))
+        finish();
+    ask("BUSY");
+    restart();
 }
 
 /* ---- Identity, BARs and capabilities -------------------------------------------------------------------------------------- */
@@ -666,6 +712,18 @@ static void cover_system_ram(void) {
     fclose(file);
     phase_wait();
     check(count >= 2, "the kernel knows %u ranges of RAM", count);
+}
+
+static _Noreturn void plain_busy(void) {
+    uint16_t command = COMMAND_MEMORY | COMMAND_MASTER;
+    uint8_t *a = pages(PAGE, 0), *b = pages(PAGE, 0);
+    int fd = config_open();
+
+    need(pwrite(fd, &command, sizeof command, PCI_COMMAND_REG) == sizeof command, "the command register");
+    registers = map_resource("resource0", BAR0_SIZE);
+    check(pristine(), "every register has its initial value");
+    cover_system_ram();
+    busy(physical(a), physical(b), PAGE);
 }
 
 static void plain(void) {
@@ -1336,6 +1394,18 @@ static void check_killed(void) {
     close(ready[1]);
 }
 
+static _Noreturn void vfio_busy(void) {
+    bind_driver();
+    phase("bound");
+    allocate();
+    vfio_open();
+    read_aperture();
+    check(pristine(), "every register has its initial value");
+    map_all();
+    phase("mapped");
+    busy(HUGE, HUGE + MIB, MIB);
+}
+
 static void vfio(bool messages) {
     bind_driver();
     phase("bound");
@@ -1367,19 +1437,242 @@ static void vfio(bool messages) {
     phase("end");
 }
 
-int main(int argc, char **argv) {
-    const char *mode = argc == 2 ? argv[1] : "";
+/* ---- The serial port ------------------------------------------------------------------------------------------------------ */
 
+/* LOOP is the kernel's TIOCM_LOOP, whose header can't be had beside termios.h. */
+enum { GREETING_MS = 10000, LOOP = 0x8000 };
+
+static char port_name[64];          /* /dev/ttyS4 */
+static int port = -1;
+
+/* True when the stock driver has the device; then the port's name is known. */
+static bool port_bound(void) {
+    const char *root = "/sys/class/tty";
+    DIR *directory = opendir(root);
+    struct dirent *entry;
+    char path[256], link[256], part[80];
+    ssize_t length;
+
+    need(directory != NULL, root);
+    port_name[0] = '\0';
+    snprintf(part, sizeof part, "/%s/", device_name);
+    while ((entry = readdir(directory)) != NULL) {
+        snprintf(path, sizeof path, "%s/%.60s", root, entry->d_name);
+        length = readlink(path, link, sizeof link - 1);
+        if (length <= 0)
+            continue;
+        link[length] = '\0';
+        if (strstr(link, part) != NULL)
+            snprintf(port_name, sizeof port_name, "/dev/%.50s", entry->d_name);
+    }
+    closedir(directory);
+    snprintf(path, sizeof path, "%s/driver", device_path);
+    length = readlink(path, link, sizeof link - 1);
+    link[length > 0 ? length : 0] = '\0';
+    return strstr(link, "/drivers/serial") != NULL && port_name[0] != '\0';
+}
+
+static void port_set(speed_t speed, tcflag_t bits) {
+    struct termios tty;
+
+    need(tcgetattr(port, &tty) == 0, port_name);
+    cfmakeraw(&tty);
+    tty.c_cflag = (tty.c_cflag & ~(tcflag_t)(CSIZE | CRTSCTS | PARENB | CSTOPB)) | bits | CLOCAL | CREAD;
+    cfsetspeed(&tty, speed);
+    need(tcsetattr(port, TCSADRAIN, &tty) == 0, port_name);
+}
+
+static void port_open(void) {
+    port = open(port_name, O_RDWR | O_NOCTTY | O_NONBLOCK | O_CLOEXEC);
+    need(port >= 0, port_name);
+    port_set(B115200, CS8);
+}
+
+static void port_lines(bool on, int lines) {
+    need(ioctl(port, on ? TIOCMBIS : TIOCMBIC, &lines) == 0, "modem lines");
+}
+
+/*
+ * Reads `in_size` bytes into `in` while it writes `out_size` bytes of `out`, until all have passed or `ms` have. Returns how many
+ * were read; what is written has also left the port.
+ */
+static size_t exchange(const uint8_t *out, size_t out_size, uint8_t *in, size_t in_size, unsigned ms) {
+    uint64_t end = milliseconds() + ms;
+    size_t put = 0, got = 0;
+
+    while ((put < out_size || got < in_size) && milliseconds() < end) {
+        struct pollfd item = {.fd = port, .events = (short)((put < out_size ? POLLOUT : 0) | (got < in_size ? POLLIN : 0))};
+        ssize_t n;
+
+        if (poll(&item, 1, (int)(end - milliseconds())) != 1)
+            break;
+        if (got < in_size && (n = read(port, in + got, in_size - got)) > 0)
+            got += (size_t)n;
+        if (put < out_size && (n = write(port, out + put, out_size - put)) > 0)
+            put += (size_t)n;
+    }
+    if (put == out_size)
+        tcdrain(port);
+    return got;
+}
+
+static void check_greeting(const char *hello, const char *answer) {
+    char text[128] = "", line[128];
+    size_t length = strlen(hello) + 1, got;
+
+    printf("SAY %s\n", hello);
+    fflush(stdout);
+    got = exchange(NULL, 0, (uint8_t *)text, length, GREETING_MS);
+    check(got == length && text[length - 1] == '\n' && memcmp(text, hello, length - 1) == 0, "the host says \"%s\"", hello);
+    exchange((const uint8_t *)line, (size_t)snprintf(line, sizeof line, "%s\n", answer), NULL, 0, GREETING_MS);
+    snprintf(text, sizeof text, "HEAR %s", answer);
+    ask(text);
+}
+
+/* `size` bytes each way at once; a byte is ten bits on the line. */
+static void check_both_ways(size_t size, unsigned baud, uint32_t seed) {
+    struct serial_icounter_struct before = {0}, after = {0};
+    uint8_t *out = malloc(size), *in = malloc(size);
+    uint64_t begin, time, least = (uint64_t)size * 10 * 1000 / baud;
+    size_t got;
+
+    need(out != NULL && in != NULL, "memory");
+    stamp(out, size, seed);
+    need(ioctl(port, TIOCGICOUNT, &before) == 0, "TIOCGICOUNT");
+    printf("TAKE %u %zu\nFEED %u %zu\n", seed, size, seed + 1, size);
+    fflush(stdout);
+    begin = milliseconds();
+    got = exchange(out, size, in, size, (unsigned)least + 30000);
+    time = milliseconds() - begin;
+    check(got == size && stamped(in, size, seed + 1), "%zu of %zu bytes from the host, each the right one", got, size);
+    ask("TAKEN");
+    /* The host needs a moment for its side, so only the lower bound is sharp: 16 bytes may be in each FIFO. */
+    check(time + 2 >= least - 32 * 10 * 1000 / baud, "%u baud: %llu ms on the line, %llu at least", baud,
+          (unsigned long long)time, (unsigned long long)least);
+    need(ioctl(port, TIOCGICOUNT, &after) == 0, "TIOCGICOUNT");
+    check((size_t)(after.rx - before.rx) == size && (size_t)(after.tx - before.tx) == size && after.overrun == before.overrun &&
+          after.buf_overrun == before.buf_overrun && after.frame == before.frame && after.parity == before.parity,
+          "the driver counts %d in, %d out, no overrun", after.rx - before.rx, after.tx - before.tx);
+    free(out);
+    free(in);
+}
+
+static void check_modem_lines(void) {
+    const int inputs = TIOCM_CTS | TIOCM_DSR | TIOCM_CAR | TIOCM_RI;
+    const char hello[] = "RTS is on again\n";
+    char text[sizeof hello] = "";
+    int lines = 0;
+    size_t early;
+
+    need(ioctl(port, TIOCMGET, &lines) == 0, "TIOCMGET");
+    check((lines & inputs) == (TIOCM_CTS | TIOCM_DSR | TIOCM_CAR), "CTS, DSR and DCD are on, RI is off");
+    port_lines(false, TIOCM_RTS);
+    printf("SAY %.*s\n", (int)sizeof hello - 2, hello);
+    fflush(stdout);
+    early = exchange(NULL, 0, (uint8_t *)text, sizeof text, 300);
+    port_lines(true, TIOCM_RTS);
+    exchange(NULL, 0, (uint8_t *)text, sizeof hello - 1, GREETING_MS);
+    check(early == 0 && strcmp(text, hello) == 0, "the line is silent while RTS is off, and nothing is lost");
+}
+
+/* The host sees none of this; whatever leaks out spoils the next TAKE. */
+static void check_loopback(void) {
+    static const char text[] = "\xc8\xe1ll\xef, port";
+    uint8_t in[sizeof text] = "";
+    bool masked = true;
+    int lines = 0;
+
+    port_set(B115200, CS7);
+    port_lines(true, LOOP);
+    exchange((const uint8_t *)text, sizeof text, in, sizeof text, GREETING_MS);
+    for (size_t i = 0; i < sizeof text; i++)
+        masked = masked && in[i] == ((uint8_t)text[i] & 0x7F);
+    check(masked, "loopback, words of 7 bits");
+    port_set(B115200, CS8);
+    exchange((const uint8_t *)text, sizeof text, in, sizeof text, GREETING_MS);
+    check(memcmp(text, in, sizeof text) == 0, "loopback, words of 8 bits");
+    port_lines(false, TIOCM_DTR);
+    need(ioctl(port, TIOCMGET, &lines) == 0, "TIOCMGET");
+    check((lines & (TIOCM_DSR | TIOCM_CTS)) == TIOCM_CTS, "loopback, DTR comes back as DSR and RTS as CTS");
+    port_lines(true, TIOCM_DTR);
+    port_lines(false, LOOP);
+}
+
+static void serial(void) {
+    uint8_t config[256] = {0};
+    char path[256];
+    unsigned long long first = 0, last = 0, flags = 0;
+    FILE *file;
+    int fd = config_open();
+
+    need(pread(fd, config, 64, 0) == 64, "configuration space");
+    close(fd);
+    check(sysfs_number(device_path, "subsystem_vendor") == 0x1234 && sysfs_number(device_path, "subsystem_device") == 0x0001,
+          "subsystem 1234:0001");
+    check(sysfs_number(device_path, "class") == 0x070002, "class 0x%06lx", sysfs_number(device_path, "class"));
+    snprintf(path, sizeof path, "%s/resource", device_path);
+    file = fopen(path, "r");
+    need(file != NULL && fscanf(file, "%llx %llx %llx", &first, &last, &flags) == 3, path);
+    fclose(file);
+    check((config[0x10] & 3) == 1 && first != 0 && last - first == 7, "BAR0: 8 ports at 0x%llx", first);
+
+    if (!check(port_bound(), "the driver `serial` has bound it, as %s", port_name))
+        finish();
+    snprintf(path, sizeof path, "/sys/class/tty/%s", port_name + strlen("/dev/"));
+    check(sysfs_number(path, "type") == PORT_16550A, "the driver has found a 16550A (type %lu)", sysfs_number(path, "type"));
+    port_open();
+    check_greeting("Good morning, guest", "Good morning, host");
+    check_modem_lines();
+    check_loopback();
+    check_both_ways(65536, 115200, 21);
+    port_set(B9600, CS8);
+    check_both_ways(960, 9600, 31);
+    port_set(B57600, CS8);
+    check_both_ways(4096, 57600, 41);
+    close(port);
+
+    check(sysfs_write("/sys/bus/pci/drivers/serial", "unbind", device_name) && !port_bound(), "the driver is unbound");
+    check(sysfs_write("/sys/bus/pci/drivers/serial", "bind", device_name) && port_bound(), "and bound again, as %s", port_name);
+    port_open();
+    check_greeting("Welcome back", "Good to be here");
+    check_both_ways(4096, 115200, 51);
+    close(port);
+}
+
+static int write_stamp(uint32_t seed, size_t size) {
+    uint8_t *memory = malloc(size);
+    bool held;
+
+    if (memory == NULL)
+        return 1;
+    stamp(memory, size, seed);
+    held = fwrite(memory, 1, size, stdout) == size && fflush(stdout) == 0;
+    free(memory);
+    return held ? 0 : 1;
+}
+
+int main(int argc, char **argv) {
+    static const char *const modes[] = {"plain", "vfio", "vfio-messages", "serial"};
+    const char *mode = argc >= 2 ? argv[1] : "";
+    bool known = false, linger;
+
+    if (argc == 4 && strcmp(mode, "stamp") == 0)
+        return write_stamp((uint32_t)strtoul(argv[2], NULL, 10), strtoul(argv[3], NULL, 10));
     serial_setup();
     say("guest program, mode %s", mode);
-    if (strcmp(mode, "plain") != 0 && strcmp(mode, "vfio") != 0 && strcmp(mode, "vfio-messages") != 0) {
-        check(false, "usage: guest plain|vfio|vfio-messages");
+    for (size_t i = 0; i < sizeof modes / sizeof *modes; i++)
+        known = known || (argc == 2 && strcmp(mode, modes[i]) == 0);
+    if (!known) {
+        check(false, "usage: guest plain|vfio|vfio-messages|serial");
         finish();
     }
-    find_device();
-    if (strcmp(mode, "plain") == 0)
-        plain();
+    linger = strcmp(ask("BOOT"), "busy") == 0;
+    find_device(strcmp(mode, "serial") == 0 ? 0x1655 : 0xD3A1);
+    if (strcmp(mode, "serial") == 0)
+        serial();
+    else if (strcmp(mode, "plain") == 0)
+        linger ? plain_busy() : plain();
     else
-        vfio(strcmp(mode, "vfio-messages") == 0);
+        linger ? vfio_busy() : vfio(strcmp(mode, "vfio-messages") == 0);
     finish();
 }

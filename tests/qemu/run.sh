@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: MIT
 #
 # Runs Linux guests in an unmodified QEMU against BUILD_DIR/examples/dma_engine, and compares the engine's table of mappings with
-# what each guest says it has mapped.
+# what each guest says it has mapped; and one against BUILD_DIR/examples/serial, with which it talks through the guest's driver.
 #
 #     tests/qemu/run.sh BUILD_DIR [GUEST...]
 #
@@ -12,34 +12,42 @@
 #
 #     VFU_QEMU_REQUIRED=1    what is missing is a failure, not a reason to skip
 #     VFU_QEMU_DIR=DIR       where QEMU and the kernel are unpacked, instead of BUILD_DIR/qemu
-#     VFU_QEMU_ENGINE=FILE   another build of the engine, for example one with sanitizers
+#     VFU_QEMU_ENGINE=FILE   another build of the engine, for example one with sanitizers; the serial port is the one beside it
 #
 # Exit status: 0 when everything held, 1 when not, 2 for wrong arguments, 77 when a QEMU or kernel is not to be had here.
 set -eu
 export LC_ALL=C
 
-# The guests: name | mode of guest.c | memory backend | options of the engine | Debian's kernel | QEMU's IOMMU | kernel arguments.
+# The guests: name | mode of guest.c | course | memory backend | options of the program | Debian's kernel | QEMU's IOMMU | kernel
+# arguments. The course has a word for each start of the guest's kernel:
+#     all        it checks everything and switches itself off
+#     kill       QEMU is killed while the engine copies in the guest's memory; the next QEMU finds the same engine
+#     restart    the guest restarts while the engine copies, without unmapping anything; QEMU goes on. QEMU's IOMMUs for Intel and
+#                virtio reset the device before they unmap, which --verbose lets the engine's log tell; the others unmap first.
 # memory-backend-ram has no file to hand over, so every DMA travels as a message. The cloud kernel has no AMD IOMMU.
 vtd='intel-iommu,caching-mode=on,intremap=on'
+on='intel_iommu=on'
 amd='amd-iommu,dma-remap=on,intremap=on'
 guests="
-plain          | plain         | memfd,share=on |           | cloud-amd64 |                  |
-plain-messages | plain         | ram            |           | cloud-amd64 |                  |
-intel-iommu    | vfio          | memfd,share=on |           | cloud-amd64 | $vtd             | intel_iommu=on iommu.strict=1
-intel-lazy     | vfio          | memfd,share=on |           | cloud-amd64 | $vtd             | intel_iommu=on iommu.strict=0
-intel-messages | vfio-messages | ram            |           | cloud-amd64 | $vtd             | intel_iommu=on iommu.strict=1
-intel-no-mmap  | vfio-messages | memfd,share=on | --no-mmap | cloud-amd64 | $vtd             | intel_iommu=on iommu.strict=1
-virtio-iommu   | vfio          | memfd,share=on |           | cloud-amd64 | virtio-iommu-pci | iommu.strict=1
-amd-iommu      | vfio          | memfd,share=on |           | amd64       | $amd             | iommu.strict=1
+plain          | plain         | restart all  | memfd,share=on |           | cloud-amd64 |                  |
+plain-messages | plain         | kill all     | ram            |           | cloud-amd64 |                  |
+intel-iommu    | vfio          | kill all all | memfd,share=on |           | cloud-amd64 | $vtd             | $on iommu.strict=1
+intel-restart  | vfio          | restart all  | memfd,share=on | --verbose | cloud-amd64 | $vtd             | $on iommu.strict=1
+intel-lazy     | vfio          | all          | memfd,share=on |           | cloud-amd64 | $vtd             | $on iommu.strict=0
+intel-messages | vfio-messages | kill all     | ram            |           | cloud-amd64 | $vtd             | $on iommu.strict=1
+intel-no-mmap  | vfio-messages | all          | memfd,share=on | --no-mmap | cloud-amd64 | $vtd             | $on iommu.strict=1
+virtio-iommu   | vfio          | restart all  | memfd,share=on | --verbose | cloud-amd64 | virtio-iommu-pci | iommu.strict=1
+amd-iommu      | vfio          | restart all  | memfd,share=on |           | amd64       | $amd             | iommu.strict=1
+serial         | serial        | all          | memfd,share=on |           | cloud-amd64 |                  |
 "
-default_guests='plain intel-iommu'
-guest_seconds=90
+default_guests=$(awk -F'|' 'NF > 1 { gsub(/ /, "", $1); printf "%s ", $1 }' <<<"$guests")
+guest_seconds=120
 
 here=$(cd "$(dirname "$0")" && pwd)
 
 usage() {
     echo "usage: run.sh BUILD_DIR [GUEST...]" >&2
-    echo "guests: $(awk -F'|' 'NF > 1 { gsub(/ /, "", $1); printf "%s ", $1 }' <<<"$guests")" >&2
+    echo "guests: $default_guests" >&2
     exit 2
 }
 
@@ -48,6 +56,7 @@ build=$(cd "$1" && pwd)
 shift
 store=${VFU_QEMU_DIR:-$build/qemu}
 engine=${VFU_QEMU_ENGINE:-$build/examples/dma_engine}
+serial=$(dirname "$engine")/serial
 logs=$build/qemu/log
 
 passed=0
@@ -444,9 +453,138 @@ stop_within() {
     return 1
 }
 
-# The guest's lines, until it says GUEST, its QEMU ends or the time is over. Sets `verdict`.
+# start_device NAME: the engine, or the serial port with its line on descriptors 5 (to it) and 6 (from it). Sets `engine_pid`,
+# `engine_log`, and `descriptors_before`.
+start_device() {
+    local tries
+    engine_log=$logs/$1.engine
+    rm -f "$work"/line.* "$work/sock"
+    mkfifo "$work/line.in" "$work/line.out"
+    exec 5<>"$work/line.in" 6<>"$work/line.out"
+    # shellcheck disable=SC2086  # the options are words
+    "$program" --socket-path="$work/sock" $options <"$work/line.in" >"$work/line.out" 2>"$engine_log" 5>&- 6>&- &
+    engine_pid=$!
+    for ((tries = 0; tries < 250; tries++)); do
+        [[ ! -S $work/sock ]] || break
+        running "$engine_pid" || break
+        sleep 0.02
+    done
+    if [[ ! -S $work/sock ]]; then
+        wrong "the $device made no socket"
+        sed 's/^/# program: /' "$engine_log"
+        kill -KILL "$engine_pid" 2>/dev/null || :
+        engine_pid=
+        return 1
+    fi
+    descriptors_before=$(descriptors)
+}
+
+end_device() {
+    local status=0
+    if [[ $mode = serial ]]; then
+        if read -r -t 0 <&6; then
+            wrong "the serial port has sent more than it should: $(timeout 1 head -c 64 <&6 | od -An -c | head -n 4)"
+        else
+            ok "the serial port has sent nothing else"
+        fi
+    fi
+    kill -TERM "$engine_pid" 2>/dev/null || :
+    stop_within 10 "$engine_pid" || kill -KILL "$engine_pid" 2>/dev/null || :
+    { wait "$engine_pid"; } 2>/dev/null || status=$?
+    engine_pid=
+    exec 5>&- 6>&-
+    if [[ $status -eq 0 && ! -e $work/sock ]]; then
+        ok "the $device ends with status 0 and removes its socket"
+    else
+        wrong "the $device ended with status $status$([[ ! -e $work/sock ]] || echo " and left its socket")"
+        grep -vE '^(table|map|vfu: ->) ' "$engine_log" | head -n 40 | sed 's/^/# program: /'
+    fi
+}
+
+# Unmodified QEMU with the device, the guest's second serial line on descriptors 3 (to it) and 4 (from it). Sets `qemu_pid`.
+start_qemu() {
+    rm -f "$work"/ctl.*
+    mkfifo "$work/ctl.in" "$work/ctl.out"
+    # Both ends of each pipe are opened for reading and writing, here as in QEMU, so that no open waits for the other side.
+    exec 3<>"$work/ctl.in" 4<>"$work/ctl.out"
+    # A guest whose kernel panics restarts as well: only the one that is to restart may.
+    local reboot=shutdown
+    [[ $course != *restart* ]] || reboot=reset
+    "${qemu[@]}" -machine q35,memory-backend=m -accel tcg -smp 1 -m 512M \
+        -object "memory-backend-${memory%%,*},id=m,size=512M$([[ $memory != *,* ]] || echo ",${memory#*,}")" \
+        -nodefaults -no-user-config -display none -action "reboot=$reboot" \
+        -serial "file:$console" -chardev "pipe,id=ctl,path=$work/ctl" -serial chardev:ctl \
+        ${iommu:+-device "$iommu"} \
+        -device pcie-root-port,id=root,chassis=1 \
+        -device "{\"driver\":\"vfio-user-pci\",\"bus\":\"root\",\"socket\":{\"type\":\"unix\",\"path\":\"$work/sock\"}}" \
+        -kernel "$kernel" -initrd "$initramfs" \
+        -append "console=ttyS0 loglevel=5 panic=-1 no_timer_check mitigations=off hugepages=4 vfu.mode=$mode $arguments" \
+        >"$qemu_log" 2>&1 3>&- 4>&- 5>&- 6>&- &
+    qemu_pid=$!
+}
+
+# After the guest's last word: QEMU ends by itself, or is killed.
+end_qemu() {
+    local status=0
+    # A guest that failed may not get as far as switching itself off.
+    if [[ $1 = kill || -z $verdict ]] || ! stop_within 20 "$qemu_pid"; then
+        [[ $1 = kill || -z $verdict ]] || wrong "QEMU is still there after the guest's end"
+        kill -KILL "$qemu_pid" 2>/dev/null || :
+    fi
+    { wait "$qemu_pid"; } 2>/dev/null || status=$?
+    qemu_pid=
+    exec 3>&- 4>&-
+
+    if [[ $1 != all ]]; then
+        [[ $verdict = BUSY ]] || wrong "${verdict:-the guest was never busy}"
+    elif [[ $verdict =~ ^GUEST\ PASS\ [0-9]+$ ]]; then
+        ok "$verdict"
+    else
+        wrong "${verdict:-the guest said neither PASS nor FAIL}"
+    fi
+    if [[ $1 = all && $verdict != *PASS* || $1 != all && $verdict != BUSY ]]; then
+        echo "# last words of $console:"
+        tail -n 20 "$console" | sed 's/^/#   /'
+    fi
+    if [[ $1 = kill && $verdict = BUSY ]]; then
+        ok "QEMU was killed while the engine copied"
+    elif [[ -s $qemu_log || $status -ne 0 ]]; then
+        wrong "QEMU complained, or left with status $status"
+        head -n 20 "$qemu_log" | sed 's/^/# qemu: /'
+    else
+        ok "QEMU left with status 0 and had nothing to say"
+    fi
+    if grep -aE 'BUG:|WARNING:|Oops|nobody cared|Call Trace|DMAR:.*fault|AMD-Vi:.*(Event|timed out)' "$console"; then
+        wrong "the guest's kernel complained"
+    else
+        ok "the guest's kernel did not complain"
+    fi
+}
+
+# What a client leaves behind when it goes without a word, as QEMU does; the device learns of it in its own time.
+compare_left() {
+    local tries
+    : >"$work/expect"
+    : >"$work/cover"
+    : >"$work/table"
+    for ((tries = 0; tries < 50; tries++)); do
+        running "$engine_pid" || break
+        [[ $mode = serial ]] || engine_table "$work/table" >/dev/null
+        [[ -s $work/table || $(descriptors) -gt $descriptors_before ]] || break
+        sleep 0.1
+    done
+    [[ $mode = serial ]] || compare_phase "after QEMU"
+    if [[ $(descriptors) -eq $descriptors_before ]]; then
+        ok "the $device holds $descriptors_before descriptors, as before the guest"
+    else
+        wrong "the $device holds $(descriptors) descriptors, $descriptors_before before the guest"
+        ls -l "/proc/$engine_pid/fd" 2>/dev/null | sed 's/^/# program: /'
+    fi
+}
+
+# The guest's lines, until it says GUEST or BUSY, its QEMU ends or the time is over. Sets `verdict`.
 converse() {
-    local line name='' deadline=$((SECONDS + guest_seconds))
+    local line name='' started='' take_pid='' deadline=$((SECONDS + guest_seconds))
     verdict=
     : >"$work/expect"
     : >"$work/cover"
@@ -460,6 +598,11 @@ converse() {
         case $line in
         'ok '*) ok "${line#ok }" ;;
         'FAIL '*) wrong "${line#FAIL }" ;;
+        BOOT)
+            [[ -z $started ]] || { wrong "the guest has restarted by itself"; return; }
+            started=1
+            if [[ $1 = all ]]; then echo all >&3; else echo busy >&3; fi
+            ;;
         'PHASE '*)
             name=${line#PHASE }
             : >"$work/expect"
@@ -471,112 +614,84 @@ converse() {
             compare_phase "$name"
             echo go >&3
             ;;
-        GUEST*) verdict=$line ;;
+        'SAY '*) echo "${line#SAY }" >&5 ;;
+        'HEAR '*)
+            name=
+            IFS= read -r -t 10 name <&6 || :
+            if [[ $name = "${line#HEAR }" ]]; then ok "the guest says \"$name\""; else wrong "$line: the line is $(printf %q "$name")"; fi
+            echo go >&3
+            ;;
+        'FEED '*)
+            # shellcheck disable=SC2086  # two words
+            "$work/guest" stamp ${line#FEED } >&5 &
+            ;;
+        'TAKE '*)
+            # shellcheck disable=SC2086  # two words
+            "$work/guest" stamp ${line#TAKE } >"$work/stamp"
+            timeout 60 head -c "${line##* }" <&6 >"$work/taken" &
+            take_pid=$!
+            ;;
+        TAKEN)
+            wait "$take_pid" || :
+            if cmp -s "$work/stamp" "$work/taken"; then
+                ok "$(wc -c <"$work/taken") bytes from the guest, each the right one"
+            else
+                wrong "from the guest $(wc -c <"$work/taken") bytes: $(cmp "$work/stamp" "$work/taken" 2>&1 || :)"
+            fi
+            echo go >&3
+            ;;
+        GUEST* | BUSY) verdict=$line ;;
         *) echo "$line" ;;
         esac
     done
 }
 
-run_guest() {
-    local name=$1 mode=$2 memory=$3 engine_options=$4 iommu=$5 arguments=$6
-    local before tries start=$SECONDS status=0 held_before=$passed failed_before=$failed
-    local console=$logs/$name.console qemu_log=$logs/$name.qemu
-    engine_log=$logs/$name.engine
-
-    echo
-    echo "== $name"
-    echo "# $version, Linux $kernel_version"
-    echo "# IOMMU: ${iommu:-none}, kernel arguments: ${arguments:-none}, memory: $memory, engine: ${engine_options:-no options}"
-    rm -f "$work"/ctl.* "$work/sock"
-    mkfifo "$work/ctl.in" "$work/ctl.out"
-
-    # shellcheck disable=SC2086  # the options are words
-    "$engine" --socket-path="$work/sock" $engine_options 2>"$engine_log" &
-    engine_pid=$!
-    for ((tries = 0; tries < 250; tries++)); do
-        [[ ! -S $work/sock ]] || break
-        running "$engine_pid" || break
+# Lets a busy guest restart. With --verbose the engine's log, from its last table on, says whether a reset or an unmap came first.
+restart() {
+    local first tries
+    echo go >&3
+    echo "# the guest restarts"
+    [[ $options = *--verbose* ]] || return 0
+    for ((tries = 0; tries < 500; tries++)); do
+        first=$(tac "$engine_log" | sed '/^table end /q' | grep -oE 'DEVICE_RESET|DMA_UNMAP' | tail -n 1 || :)
+        [[ -z $first ]] || break
         sleep 0.02
     done
-    if [[ ! -S $work/sock ]]; then
-        wrong "the engine made no socket"
-        sed 's/^/# engine: /' "$engine_log"
-        kill -KILL "$engine_pid" 2>/dev/null || :
-        engine_pid=
-        return
+    if [[ $first = DEVICE_RESET ]]; then
+        ok "QEMU resets the device with every mapping in place"
+    else
+        wrong "QEMU's first request at the restart was ${first:-neither a reset nor an unmap}"
     fi
-    before=$(descriptors)
+}
 
-    # Both ends of each pipe are opened for reading and writing, here as in QEMU, so that no open waits for the other side.
-    exec 3<>"$work/ctl.in" 4<>"$work/ctl.out"
-    "${qemu[@]}" -machine q35,memory-backend=m -accel tcg -smp 1 -m 512M \
-        -object "memory-backend-${memory%%,*},id=m,size=512M$([[ $memory != *,* ]] || echo ",${memory#*,}")" \
-        -nodefaults -no-user-config -display none -no-reboot \
-        -serial "file:$console" -chardev "pipe,id=ctl,path=$work/ctl" -serial chardev:ctl \
-        ${iommu:+-device "$iommu"} \
-        -device pcie-root-port,id=root,chassis=1 \
-        -device "{\"driver\":\"vfio-user-pci\",\"bus\":\"root\",\"socket\":{\"type\":\"unix\",\"path\":\"$work/sock\"}}" \
-        -kernel "$kernel" -initrd "$initramfs" \
-        -append "console=ttyS0 loglevel=5 panic=-1 no_timer_check mitigations=off hugepages=4 vfu.mode=$mode $arguments" \
-        >"$qemu_log" 2>&1 3>&- 4>&- &
-    qemu_pid=$!
-    converse
-    # A guest that failed may not get as far as switching itself off.
-    if [[ -z $verdict ]] || ! stop_within 20 "$qemu_pid"; then
-        [[ -z $verdict ]] || wrong "QEMU is still there after the guest's end"
-        kill -KILL "$qemu_pid" 2>/dev/null || :
-    fi
-    { wait "$qemu_pid"; } 2>/dev/null || status=$?
+# run_guest NAME, with the columns of its row in the variables of the same names.
+run_guest() {
+    local step number=0 program=$engine device=engine start=$SECONDS held_before=$passed failed_before=$failed
+    local console qemu_log
+    [[ $mode != serial ]] || { program=$serial; device='serial port'; }
+    echo
+    echo "== $1: $course"
+    echo "# $version, Linux $kernel_version"
+    echo "# IOMMU: ${iommu:-none}, kernel arguments: ${arguments:-none}, memory: $memory, $device: ${options:-no options}"
+    start_device "$1" || return 0
     qemu_pid=
-    exec 3>&- 4>&-
-
-    if [[ $verdict =~ ^GUEST\ PASS\ [0-9]+$ ]]; then
-        ok "$verdict"
-    else
-        wrong "${verdict:-the guest said neither PASS nor FAIL}"
-        echo "# last words of $console:"
-        tail -n 20 "$console" | sed 's/^/#   /'
-    fi
-    if [[ -s $qemu_log || $status -ne 0 ]]; then
-        wrong "QEMU complained, or left with status $status"
-        head -n 20 "$qemu_log" | sed 's/^/# qemu: /'
-    else
-        ok "QEMU left with status 0 and had nothing to say"
-    fi
-    if grep -aE 'BUG:|WARNING:|Oops|nobody cared|Call Trace|DMAR:.*fault|AMD-Vi:.*(Event|timed out)' "$console"; then
-        wrong "the guest's kernel complained"
-    else
-        ok "the guest's kernel did not complain"
-    fi
-
-    # What a client leaves behind when it goes without a word, as QEMU does; the engine learns of it in its own time.
-    : >"$work/expect"
-    : >"$work/cover"
-    for ((tries = 0; tries < 50; tries++)); do
-        running "$engine_pid" || break
-        engine_table "$work/table" >/dev/null
-        [[ -s $work/table || $(descriptors) -gt $before ]] || break
-        sleep 0.1
+    for step in $course; do
+        if [[ -z $qemu_pid ]]; then
+            number=$((number + 1))
+            console=$logs/$1-$number.console
+            qemu_log=$logs/$1-$number.qemu
+            start_qemu
+        fi
+        converse "$step"
+        if [[ $step = restart && $verdict = BUSY ]]; then
+            restart
+            continue
+        fi
+        end_qemu "$step"
+        compare_left
     done
-    compare_phase "after QEMU"
-    if [[ $(descriptors) -eq $before ]]; then
-        ok "the engine holds $before descriptors, as before the guest"
-    else
-        wrong "the engine holds $(descriptors) descriptors, $before before the guest"
-        ls -l "/proc/$engine_pid/fd" 2>/dev/null | sed 's/^/# engine: /'
-    fi
-    kill -TERM "$engine_pid" 2>/dev/null || :
-    stop_within 10 "$engine_pid" || kill -KILL "$engine_pid" 2>/dev/null || :
-    status=0
-    { wait "$engine_pid"; } 2>/dev/null || status=$?
-    engine_pid=
-    if [[ $status -eq 0 && ! -e $work/sock ]]; then
-        ok "the engine ends with status 0 and removes its socket"
-    else
-        wrong "the engine ended with status $status$([[ ! -e $work/sock ]] || echo " and left its socket")"
-        grep -vE '^(table|map) ' "$engine_log" | head -n 40 | sed 's/^/# engine: /'
-    fi
-    echo "# $name: $((passed - held_before)) passed, $((failed - failed_before)) failed, $((SECONDS - start)) s"
+    end_device
+    echo "# $1: $((passed - held_before)) passed, $((failed - failed_before)) failed, $((SECONDS - start)) s"
 }
 
 # ---- All of them ---------------------------------------------------------------------------------------------------------------
@@ -587,7 +702,9 @@ for name in "$@"; do
     grep -q "^$name *|" <<<"$guests" || usage
 done
 [[ $(uname -m) = x86_64 ]] || skip "the guests are x86_64, this machine is $(uname -m)"
-[[ -x $engine ]] || { echo "check-qemu: $engine is not built" >&2; exit 1; }
+for program in "$engine" "$serial"; do
+    [[ -x $program ]] || { echo "check-qemu: $program is not built" >&2; exit 1; }
+done
 mkdir -p "$store" "$logs"
 store=$(cd "$store" && pwd)
 # A UNIX socket's path is short of 108 bytes, wherever BUILD_DIR may be.
@@ -598,11 +715,11 @@ find_busybox
 compile_guest
 version=$("${qemu[@]}" --version | head -n 1)
 for name in "$@"; do
-    IFS='|' read -r _ mode memory engine_options flavour iommu arguments <<<"$(grep "^$name *|" <<<"$guests" | sed 's/ *| */|/g')"
+    IFS='|' read -r _ mode course memory options flavour iommu arguments <<<"$(grep "^$name *|" <<<"$guests" | sed 's/ *| */|/g')"
     find_kernel "$flavour"
     make_initramfs
-    run_guest "$name" "$mode" "$memory" "$engine_options" "$iommu" "$arguments"
+    run_guest "$name"
 done
 echo
-echo "$passed passed, $failed failed"
+echo "$passed passed, $failed failed, $SECONDS s"
 [[ $failed -eq 0 ]]

@@ -1,0 +1,1079 @@
+/* SPDX-License-Identifier: MIT */
+/*
+ * ==== client ====
+ *
+ * Against our own device, which runs in a thread; and against servers that misbehave. Those are scripts without a thread: their
+ * replies are in the socket before the client asks, since its ids count from 0. Each test counts the process's descriptors.
+ */
+#include "util.h"
+
+#include <pthread.h>
+
+static unsigned fds_at_start;
+static void note_fds(void) { fds_at_start = fds_open(); }
+static void check_fds(void) { ck_assert_uint_eq(fds_open(), fds_at_start); }
+
+/* ---- with our own device --------------------------------------------------------------------------------------------------------------- */
+
+static rig R;
+static pthread_t device_thread;
+static uint8_t device_buffer[1 << 20];
+static vfu_dma transfer;
+static int transfer_result;
+
+enum { DMA_REGION_OFFSET = 0x40 }; /* a write of {iova, len, to_client} there, in BAR 0, starts a transfer; vector 3 tells its end */
+
+static void *run_device(void *arg)
+{
+    ck_assert_int_eq(vfu_dev_run(arg), 0);
+    return NULL;
+}
+
+static void transfer_done(vfu_dma *dma, int result)
+{
+    (void)dma;
+    transfer_result = result;
+    memcpy(&R.storage[0][DMA_REGION_OFFSET + 32], &result, sizeof(result));
+    vfu_dev_raise(R.dev, VFU_PCI_IRQ_MSIX, 3);
+}
+
+static void transfer_work(rig *r)
+{
+    uint64_t words[3];
+    memcpy(words, &r->storage[0][DMA_REGION_OFFSET], sizeof(words));
+    transfer = (vfu_dma){.iova = words[0], .buf = device_buffer, .len = words[1], .to_client = words[2], .done = transfer_done};
+    int result = vfu_dev_dma(r->dev, &transfer);
+    if (result != 1)
+        transfer_done(&transfer, result);
+}
+
+static void transfer_write(rig *r)
+{
+    if (r->last_region == 0 && r->last_offset == DMA_REGION_OFFSET)
+        vfu_dev_want_work(r->dev);
+    if (r->last_region == 0 && r->last_offset == 0)
+        vfu_dev_raise(r->dev, VFU_PCI_IRQ_MSIX, r->storage[0][0]);
+}
+
+static vfu_client *device_open(const vfu_client_desc *desc, uint32_t device_xfer)
+{
+    static struct sockaddr_un address;
+    socklen_t len;
+    vfu_client *client;
+    vfu_dev_desc d = rig_desc(&R);
+    d.max_data_xfer_size = device_xfer;
+    R.on_write = transfer_write;
+    R.on_work = transfer_work;
+    rig_create(&R, &d);
+    ck_assert_int_eq(vfu_dev_attach(R.dev, listener(&address, &len)), 0);
+    ck_assert_int_eq(pthread_create(&device_thread, NULL, run_device, R.dev), 0);
+    ck_assert_int_eq(vfu_client_attach(&client, connect_to(&address, len), desc), 0);
+    return client;
+}
+
+static void device_close(vfu_client *client)
+{
+    vfu_client_destroy(client);
+    vfu_dev_stop(R.dev);
+    pthread_join(device_thread, NULL);
+    rig_destroy(&R);
+}
+
+START_TEST(device_queries)
+{
+    vfu_client *client = device_open(NULL, 0);
+    vfu_wire_device_info info;
+    vfu_wire_irq_info irq;
+    vfu_client_region region;
+    ck_assert_uint_eq(vfu_client_caps(client)->max_msg_fds, 16);
+    ck_assert(vfu_client_caps(client)->write_multiple);
+    ck_assert_int_ge(vfu_client_fd(client), 0);
+    ck_assert_int_eq(vfu_client_info(client, &info), 0);
+    ck_assert_uint_eq(info.num_regions, 9);
+    ck_assert_uint_eq(info.num_irqs, 5);
+    ck_assert_uint_eq(info.flags, VFU_DEVICE_INFO_PCI | VFU_DEVICE_INFO_RESET);
+    ck_assert_int_eq(vfu_client_irq_info(client, 2, &irq), 0);
+    ck_assert_uint_eq(irq.count, RIG_VECTORS);
+    ck_assert_int_eq(vfu_client_irq_info(client, 5, &irq), -EINVAL);
+    ck_assert_int_eq(vfu_client_region_info(client, 0, &region), 0);
+    ck_assert_uint_eq(region.size, RIG_BAR0);
+    ck_assert_int_eq(region.fd, -1);
+    ck_assert_uint_eq(region.area_count, 0);
+    ck_assert_int_eq(vfu_client_region_info(client, 2, &region), 0);
+    ck_assert_uint_eq(region.flags, VFU_REGION_INFO_READ | VFU_REGION_INFO_WRITE | VFU_REGION_INFO_MMAP | VFU_REGION_INFO_CAPS);
+    ck_assert_uint_eq(region.area_count, 1);
+    ck_assert_uint_eq(region.areas[0].offset, PAGE);
+    ck_assert_uint_eq(region.areas[0].size, RIG_BAR2 - PAGE);
+    ck_assert_uint_eq(ino_of(region.fd), ino_of(R.ram));
+    close(region.fd);
+    ck_assert_int_eq(vfu_client_region_info(client, 5, &region), 0);
+    ck_assert_uint_eq(region.offset, RIG_BAR2);
+    ck_assert_uint_eq(region.area_count, 0);
+    close(region.fd);
+    ck_assert_int_eq(vfu_client_region_info(client, 9, &region), -EINVAL);
+    ck_assert_int_eq(region.fd, -1);
+    device_close(client);
+}
+END_TEST
+
+/* Any length goes, in as many messages as both ends' limits need. */
+START_TEST(device_regions)
+{
+    static const uint32_t limits[][2] = {{0, 0}, {4096, 0}, {0, 4096}, {4096, 8192}};
+    static uint8_t data[RIG_BAR2], back[RIG_BAR2];
+    for (unsigned i = 0; i < COUNT(limits); i++) {
+        vfu_client *client = device_open(&(vfu_client_desc){.max_data_xfer_size = limits[i][0]}, limits[i][1]);
+        for (uint32_t k = 0; k < sizeof(data); k++)
+            data[k] = (uint8_t)(k * 7 + k / 256 + i);
+        memset(back, 0, sizeof(back));
+        ck_assert_int_eq(vfu_client_region_write(client, 2, 0, data, sizeof(data)), 0);
+        ck_assert_int_eq(vfu_client_region_read(client, 2, 0, back, sizeof(back)), 0);
+        ck_assert_mem_eq(back, data, sizeof(data));
+        ck_assert_int_eq(vfu_client_region_read(client, 2, 5001, back, 12345), 0);
+        ck_assert_mem_eq(back, data + 5001, 12345);
+        ck_assert_int_eq(vfu_client_region_read(client, 2, RIG_BAR2 - 1, back, 2), -EINVAL);
+        ck_assert_int_eq(vfu_client_region_write(client, 6, 0, data, 4), -EINVAL);
+        ck_assert_int_eq(vfu_client_region_read(client, 2, 0, back, 0), 0);
+        ck_assert_int_eq(vfu_client_region_read(client, 7, 0, back, 4), 0);
+        ck_assert_mem_eq(back, "\x34\x12\xa1\xd3", 4);
+        device_close(client);
+    }
+}
+END_TEST
+
+START_TEST(device_irqs)
+{
+    int events[RIG_VECTORS];
+    uint8_t vector;
+    vfu_client *client = device_open(NULL, 0);
+    for (unsigned v = 0; v < RIG_VECTORS; v++)
+        events[v] = event();
+    ck_assert_int_eq(vfu_client_irq_assign(client, 2, 0, RIG_VECTORS, events), 0);
+    ck_assert_int_eq(vfu_client_irq_assign(client, 2, 1, 1, NULL), 0);
+    for (vector = 0; vector < RIG_VECTORS; vector++) {
+        ck_assert_int_eq(vfu_client_region_write(client, 0, 0, &vector, 1), 0);
+        ck_assert_uint_eq(signals(events[vector]), vector != 1);
+    }
+    ck_assert_int_eq(vfu_client_irq_action(client, 2, 2, 1, VFU_IRQ_SET_ACTION_TRIGGER), 0); /* loopback */
+    ck_assert_uint_eq(signals(events[2]), 1);
+    ck_assert_int_eq(vfu_client_irq_action(client, 2, 0, 1, VFU_IRQ_SET_ACTION_MASK), -ENOTTY);
+    ck_assert_int_eq(vfu_client_irq_action(client, 0, 0, 1, VFU_IRQ_SET_ACTION_UNMASK), 0);
+    ck_assert_int_eq(vfu_client_irq_assign(client, 2, 3, 2, events), -EINVAL);
+    ck_assert_int_eq(vfu_client_irq_action(client, 2, 0, 0, VFU_IRQ_SET_ACTION_TRIGGER), 0); /* switched off */
+    vector = 0;
+    ck_assert_int_eq(vfu_client_region_write(client, 0, 0, &vector, 1), 0);
+    ck_assert_uint_eq(signals(events[0]), 0);
+    ck_assert_int_eq(vfu_client_reset(client), 0);
+    device_close(client);
+    ck_assert_uint_eq(R.resets, 1);
+    close_fds(events, RIG_VECTORS);
+}
+END_TEST
+
+/* Asks the device for a transfer and serves it until its end; returns its result. */
+static int device_dma(vfu_client *client, int wake, uint64_t iova, uint64_t len, bool to_client)
+{
+    uint64_t words[3] = {iova, len, to_client};
+    int result;
+    ck_assert_int_eq(vfu_client_region_write(client, 0, DMA_REGION_OFFSET, words, sizeof(words)), 0);
+    ck_assert_int_eq(vfu_client_serve(client, wake, PATIENCE_MS), 1);
+    ck_assert_uint_eq(signals(wake), 1);
+    ck_assert_int_eq(vfu_client_region_read(client, 0, DMA_REGION_OFFSET + 32, &result, sizeof(result)), 0);
+    return result;
+}
+
+/* The device reaches what is mapped, with its permission, by descriptor or by message, and nothing else. */
+START_TEST(device_memory)
+{
+    enum { SIZE = 512 << 10, AT = 0x10000000 };
+    int file = memfd("client", SIZE, F_SEAL_SHRINK), wake = event();
+    uint8_t *mem = mmap(NULL, SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    for (unsigned by_message = 0; by_message < 2; by_message++) {
+        vfu_client *client = device_open(NULL, 0);
+        int fd = by_message ? -1 : file;
+        ck_assert_int_eq(vfu_client_irq_assign(client, 2, 3, 1, &wake), 0);
+        ck_assert_int_eq(vfu_client_dma_map(client, AT, SIZE / 2, VFU_IOMMU_READ | VFU_IOMMU_WRITE, mem, fd, 0), 0);
+        ck_assert_int_eq(vfu_client_dma_map(client, AT + SIZE / 2, SIZE / 2, VFU_IOMMU_READ, mem + SIZE / 2, fd, SIZE / 2), 0);
+        ck_assert_int_eq(vfu_client_dma_map(client, AT, PAGE, VFU_IOMMU_READ, mem, fd, 0), -EEXIST);
+        for (unsigned i = 0; i < SIZE; i++)
+            mem[i] = (uint8_t)(i * 11 + i / 256);
+        ck_assert_int_eq(device_dma(client, wake, AT + 5, SIZE - 9, false), 0);
+        ck_assert_int_eq(memcmp(device_buffer, mem + 5, SIZE - 9), 0);
+        for (unsigned i = 0; i < SIZE; i++)
+            device_buffer[i] = (uint8_t)(i * 3 + 1);
+        ck_assert_int_eq(device_dma(client, wake, AT + 1, SIZE / 2 - 1, true), 0);
+        ck_assert_int_eq(memcmp(device_buffer, mem + 1, SIZE / 2 - 1), 0);
+        ck_assert_int_eq(device_dma(client, wake, AT + SIZE / 2 - 4, 8, true), -EACCES);
+        ck_assert_int_eq(device_dma(client, wake, AT + SIZE - 4, 8, false), -ENOENT);
+        /* what the client takes back by itself, without telling, is refused by the client, if it is asked */
+        if (by_message) {
+            ck_assert_int_eq(vfu_iommu_unmap(vfu_client_iommu(client), AT, SIZE / 2), 1);
+            ck_assert_int_eq(device_dma(client, wake, AT, 8, false), -EIO);
+        }
+        must(vfu_client_dma_unmap(client, AT, SIZE / 2));
+        ck_assert_int_eq(device_dma(client, wake, AT, 8, false), -ENOENT);
+        ck_assert_int_eq(vfu_client_dma_unmap(client, AT + SIZE / 2, PAGE), -EINVAL); /* would split: it stays, at both ends */
+        ck_assert_int_eq(device_dma(client, wake, AT + SIZE / 2, 8, false), 0);
+        must(vfu_client_dma_unmap(client, 0, UINT64_C(1) << 63));
+        ck_assert_int_eq(device_dma(client, wake, AT + SIZE / 2, 8, false), -ENOENT);
+        device_close(client);
+        ck_assert_uint_eq(R.maps, R.unmaps);
+    }
+    munmap(mem, SIZE);
+    close(file);
+    close(wake);
+}
+END_TEST
+
+/* ---- a scripted server -------------------------------------------------------------------------------------------------------------------- */
+
+static peer server;
+static uint16_t script_id; /* of the client's next request */
+static heap client_heap;
+
+/* Puts a message into the client's socket. */
+static void say_as(uint16_t id, uint16_t cmd, uint32_t flags, uint32_t error, uint32_t size, const void *payload, uint32_t len, const int *fds,
+                   unsigned fd_count)
+{
+    static uint8_t bytes[65536];
+    vfu_wire_header header = {.id = id, .cmd = cmd, .size = size, .flags = flags, .error = error};
+    memcpy(bytes, &header, sizeof(header));
+    if (len)
+        memcpy(bytes + 16, payload, len);
+    send_all(server.sock, bytes, 16 + len, fds, fd_count);
+}
+
+static void reply(uint16_t cmd, const void *payload, uint32_t len)
+{
+    say_as(script_id++, cmd, VFU_HDR_REPLY, 0, 16 + len, payload, len, NULL, 0);
+}
+
+/* The next message of the client, which must be there. */
+static vfu_msg heard(void)
+{
+    vfu_msg msg;
+    ck_assert_int_eq(peer_receive(&server), 1);
+    ck_assert_int_eq(vfu_msg_decode(server.bytes, server.have, &msg), 0);
+    return msg;
+}
+
+static int script_start(void)
+{
+    int pair[2];
+    make_pair(pair);
+    server = (peer){.sock = pair[0]};
+    script_id = 0;
+    client_heap = (heap){0};
+    return pair[1];
+}
+
+static vfu_client_desc script_desc(uint32_t timeout_ms)
+{
+    return (vfu_client_desc){.timeout_ms = timeout_ms ? timeout_ms : PATIENCE_MS, .alloc = heap_of(&client_heap), .logger = {.write = ignore_log}};
+}
+
+/* A client that a good server has greeted with this JSON. */
+static vfu_client *script_open_with(const char *json, uint32_t timeout_ms)
+{
+    uint8_t version[512] = {0};
+    vfu_client *client;
+    vfu_client_desc desc = script_desc(timeout_ms);
+    int sock = script_start();
+    memcpy(version + 4, json, strlen(json) + 1);
+    reply(VFU_CMD_VERSION, version, (uint32_t)(4 + (*json ? strlen(json) + 1 : 0)));
+    ck_assert_int_eq(vfu_client_attach(&client, sock, &desc), 0);
+    vfu_msg hello = heard();
+    ck_assert_uint_eq(hello.cmd, VFU_CMD_VERSION);
+    ck_assert_uint_eq(hello.u.version.major, 0);
+    ck_assert_uint_eq(hello.u.version.minor, 0);
+    return client;
+}
+
+static vfu_client *script_open(void) { return script_open_with("{\"capabilities\":{\"max_msg_fds\":3}}", 0); }
+
+static void script_close(vfu_client *client)
+{
+    vfu_client_destroy(client);
+    peer_close(&server);
+    ck_assert_uint_eq(client_heap.live, 0);
+}
+
+/* The client has given up: every call says so, at once. */
+static void check_broken(vfu_client *client)
+{
+    vfu_wire_device_info info;
+    vfu_client_region region;
+    uint8_t byte = 0;
+    int none = -1;
+    vfu_msg request, answer;
+    vfu_msg_init(&request, 0, VFU_CMD_DEVICE_RESET);
+    ck_assert_int_eq(vfu_client_info(client, &info), -EPIPE);
+    ck_assert_int_eq(vfu_client_region_info(client, 0, &region), -EPIPE);
+    ck_assert_int_eq(vfu_client_region_read(client, 0, 0, &byte, 1), -EPIPE);
+    ck_assert_int_eq(vfu_client_region_write(client, 0, 0, &byte, 1), -EPIPE);
+    ck_assert_int_eq(vfu_client_irq_assign(client, 0, 0, 1, NULL), -EPIPE);
+    ck_assert_int_eq(vfu_client_reset(client), -EPIPE);
+    ck_assert_int_eq(vfu_client_serve(client, -1, -1), -EPIPE);
+    ck_assert_int_eq(vfu_client_call(client, &request, NULL, 0, &answer, &none, 1), -EPIPE);
+    ck_assert_int_eq(vfu_client_dma_map(client, 0, PAGE, VFU_IOMMU_READ, &byte, -1, 0), -EPIPE);
+    ck_assert_int_eq(vfu_client_dma_unmap(client, 0, PAGE), -EPIPE);
+    vfu_iommu_stats stats;
+    vfu_iommu_get_stats(vfu_client_iommu(client), &stats);
+    ck_assert_uint_eq(stats.mappings, 0);
+    ck_assert_int_eq(vfu_client_fd(client), -1);
+}
+
+/* The connection is as good as before. */
+static void check_usable(vfu_client *client)
+{
+    vfu_wire_device_info info, good = {.argsz = 16, .flags = VFU_DEVICE_INFO_PCI, .num_regions = 9, .num_irqs = 5};
+    reply(VFU_CMD_DEVICE_GET_INFO, &good, sizeof(good));
+    ck_assert_int_eq(vfu_client_info(client, &info), 0);
+    ck_assert_mem_eq(&info, &good, sizeof(good));
+}
+
+static const struct greeting_case {
+    uint16_t major, minor;
+    const char *json;
+    int err;
+} greeting_cases[] = {
+    {0, 0, NULL, 0},
+    {0, 0, "{}", 0},
+    {0, 0, "{\"capabilities\":{\"max_msg_fds\":1,\"max_data_xfer_size\":4096,\"new\":{}}}", 0},
+    {1, 0, "{}", -EPROTO},
+    {0, 1, "{}", -EPROTO},
+    {0, 0, "{", -EPROTO},
+    {0, 0, "[]", -EPROTO},
+    {0, 0, "{\"capabilities\":{\"max_data_xfer_size\":0}}", -EPROTO},
+    {0, 0, "{\"capabilities\":{\"max_data_xfer_size\":\"x\"}}", -EPROTO},
+    {0, 0, "{\"capabilities\":{\"max_msg_fds\":-1}}", -EPROTO},
+};
+
+START_TEST(greeting)
+{
+    const struct greeting_case *c = &greeting_cases[_i];
+    uint8_t version[256];
+    vfu_client *client = (vfu_client *)version;
+    vfu_client_desc desc = script_desc(0);
+    int sock = script_start();
+    memcpy(version, &(vfu_wire_version){c->major, c->minor}, 4);
+    if (c->json)
+        memcpy(version + 4, c->json, strlen(c->json) + 1);
+    reply(VFU_CMD_VERSION, version, (uint32_t)(4 + (c->json ? strlen(c->json) + 1 : 0)));
+    ck_assert_int_eq(vfu_client_attach(&client, sock, &desc), c->err);
+    if (c->err)
+        ck_assert_ptr_null(client);
+    script_close(client);
+}
+END_TEST
+
+/* How VERSION can fail by its frame. */
+START_TEST(greeting_fails)
+{
+    static const struct {
+        uint16_t id, cmd;
+        uint32_t flags, error, size, len;
+        int err;
+    } cases[] = {
+        {0, 1, 0x21, EINVAL, 16, 0, -EINVAL}, {0, 1, 0x21, 0, 16, 0, -EIO},   {0, 1, 0x21, UINT32_MAX, 16, 0, -EIO}, {1, 1, 1, 0, 20, 4, -EPROTO},
+        {0, 2, 1, 0, 16, 0, -EPROTO},         {0, 1, 1, 0, 18, 2, -EPROTO},   {0, 1, 1, 0, 15, 0, -EPROTO},          {0, 1, 1, 0, UINT32_MAX, 0, -EPROTO},
+        {0, 1, 2, 0, 20, 4, -EPROTO},         {0, 99, 1, 0, 20, 4, -EPROTO},
+    };
+    for (unsigned i = 0; i < COUNT(cases); i++) {
+        vfu_client *client;
+        vfu_client_desc desc = script_desc(0);
+        int sock = script_start();
+        say_as(cases[i].id, cases[i].cmd, cases[i].flags, cases[i].error, cases[i].size, "\0\0\0\0", cases[i].len, NULL, 0);
+        ck_assert_int_eq(vfu_client_attach(&client, sock, &desc), cases[i].err);
+        script_close(client);
+    }
+    /* silence, the end, no socket, a wrong descriptor */
+    vfu_client *client;
+    vfu_client_desc desc = script_desc(20);
+    ck_assert_int_eq(vfu_client_attach(&client, script_start(), &desc), -ETIMEDOUT);
+    script_close(client);
+    int sock = script_start();
+    peer_close(&server);
+    ck_assert_int_eq(vfu_client_attach(&client, sock, &desc), -EPIPE);
+    ck_assert_int_lt(vfu_client_attach(&client, null_fd(), &desc), 0);
+    ck_assert_int_eq(vfu_client_attach(&client, -1, &desc), -EBADF);
+    ck_assert_int_eq(vfu_client_connect(&client, "/nonexistent/socket", &desc), -ENOENT);
+    ck_assert_ptr_null(client);
+    desc.max_data_xfer_size = 4095;
+    ck_assert_int_eq(vfu_client_attach(&client, null_fd(), &desc), -EINVAL);
+    desc.max_data_xfer_size = (16 << 20) + 1;
+    ck_assert_int_eq(vfu_client_attach(&client, null_fd(), &desc), -EINVAL);
+    vfu_client_destroy(NULL);
+    ck_assert_uint_eq(client_heap.live, 0);
+}
+END_TEST
+
+/* Replies to GET_INFO. */
+START_TEST(bad_replies)
+{
+    static const struct {
+        int id, cmd; /* added to the right ones */
+        uint32_t flags, error, size, len;
+        int err;
+        bool broken;
+    } cases[] = {
+        {0, 0, 1, 0, 32, 16, 0, false},
+        {0, 0, 1, 0, 40, 24, 0, false}, /* longer than known */
+        {0, 0, 0xffffffc1, 0, 32, 16, 0, false}, /* reserved flags */
+        {1, 0, 1, 0, 32, 16, -EPROTO, true},
+        {-1, 0, 1, 0, 32, 16, -EPROTO, true},
+        {0, 1, 1, 0, 48, 32, -EPROTO, true},
+        {0, 100, 1, 0, 32, 16, -EPROTO, true},
+        {0, 0, 1, 0, 31, 15, -EPROTO, true},
+        {0, 0, 1, 0, 16, 0, -EPROTO, true},
+        {0, 0, 1, 0, 15, 0, -EPROTO, true},
+        {0, 0, 1, 0, 0, 0, -EPROTO, true},
+        {0, 0, 1, 0, (1 << 20) + 4097, 0, -EPROTO, true},
+        {0, 0, 1, 0, UINT32_MAX, 0, -EPROTO, true},
+        {0, 0, 2, 0, 32, 16, -EPROTO, true},
+        {0, 0, 15, 0, 32, 16, -EPROTO, true},
+        {0, 0, 0x21, EPERM, 16, 0, -EPERM, false},
+        {0, 0, 0x21, ENOENT, 32, 16, -ENOENT, false}, /* with a payload */
+        {0, 0, 0x21, 4095, 16, 0, -4095, false},
+        {0, 0, 0x21, 0, 16, 0, -EIO, false},
+        {0, 0, 0x21, 4096, 16, 0, -EIO, false},
+        {0, 0, 0x21, 0x80000000, 16, 0, -EIO, false},
+        {0, 0, 0x21, UINT32_MAX, 16, 0, -EIO, false},
+        {0, 100, 0x21, EPERM, 16, 0, -EPROTO, true}, /* an error about something else */
+    };
+    static const uint8_t payload[64];
+    for (unsigned i = 0; i < COUNT(cases); i++) {
+        vfu_wire_device_info info;
+        vfu_client *client = script_open();
+        say_as((uint16_t)(script_id++ + cases[i].id), (uint16_t)(VFU_CMD_DEVICE_GET_INFO + cases[i].cmd), cases[i].flags, cases[i].error,
+               cases[i].size, payload, cases[i].len, NULL, 0);
+        ck_assert_int_eq(vfu_client_info(client, &info), cases[i].err);
+        if (cases[i].broken)
+            check_broken(client);
+        else
+            check_usable(client);
+        script_close(client);
+    }
+}
+END_TEST
+
+/* No reply, for a while, or a part of one. */
+START_TEST(silence)
+{
+    vfu_wire_device_info info = {.argsz = 16};
+    for (uint32_t len = 0; len < 16; len += 5) {
+        vfu_client *client = script_open_with("{}", 20);
+        if (len)
+            say_as(script_id, VFU_CMD_DEVICE_GET_INFO, VFU_HDR_REPLY, 0, 32, &info, len, NULL, 0);
+        ck_assert_int_eq(vfu_client_info(client, &info), -ETIMEDOUT);
+        check_broken(client);
+        script_close(client);
+    }
+}
+END_TEST
+
+/* The server dies after each byte of a session: each call ends, well or with -EPIPE, and after the first failure all do. */
+START_TEST(server_dies_at_every_byte)
+{
+    enum { TOTAL = (16 + 4) + 32 + (32 + 8) + 16 };
+    for (size_t cut = 0; cut <= TOTAL; cut++) {
+        uint8_t bytes[TOTAL], data[8];
+        vfu_client *client = NULL;
+        vfu_client_desc desc = script_desc(0);
+        vfu_wire_device_info info = {.argsz = 16};
+        vfu_wire_region_access access = {.count = 8};
+        vfu_wire_header headers[4] = {{0, VFU_CMD_VERSION, 20, 1, 0}, {1, VFU_CMD_DEVICE_GET_INFO, 32, 1, 0}, {2, VFU_CMD_REGION_READ, 40, 1, 0},
+                                      {3, VFU_CMD_DEVICE_RESET, 16, 1, 0}};
+        int sock = script_start(), results[4];
+        memset(bytes, 0, sizeof(bytes));
+        memcpy(bytes, &headers[0], 16);
+        memcpy(bytes + 20, &headers[1], 16);
+        memcpy(bytes + 36, &info, 16);
+        memcpy(bytes + 52, &headers[2], 16);
+        memcpy(bytes + 68, &access, 16);
+        memcpy(bytes + 92, &headers[3], 16);
+        if (cut)
+            send_all(server.sock, bytes, cut, NULL, 0);
+        ck_assert_int_eq(shutdown(server.sock, SHUT_WR), 0);
+        results[0] = vfu_client_attach(&client, sock, &desc);
+        results[1] = client ? vfu_client_info(client, &info) : -EPIPE;
+        results[2] = client ? vfu_client_region_read(client, 0, 0, data, sizeof(data)) : -EPIPE;
+        results[3] = client ? vfu_client_reset(client) : -EPIPE;
+        static const size_t ends[4] = {20, 52, 92, 108};
+        for (unsigned i = 0; i < 4; i++)
+            ck_assert_int_eq(results[i], cut >= ends[i] ? 0 : -EPIPE);
+        script_close(client);
+    }
+}
+END_TEST
+
+/* ---- GET_REGION_INFO ------------------------------------------------------------------------------------------------------------------------ */
+
+enum { INFO_MAX = 32 + 16 + 20 * 16 };
+
+static uint32_t put_info(uint8_t *out, uint32_t argsz, uint32_t flags, uint32_t index, uint32_t cap_offset)
+{
+    vfu_wire_region_info info = {.argsz = argsz, .flags = flags, .index = index, .cap_offset = cap_offset, .size = 0x10000, .offset = 0x1000};
+    memset(out, 0, INFO_MAX);
+    memcpy(out, &info, sizeof(info));
+    return 32;
+}
+
+static uint32_t put_areas(uint8_t *out, uint16_t id, uint32_t next, uint32_t claimed, uint32_t count, uint64_t offset, uint64_t size)
+{
+    vfu_wire_cap_sparse_mmap cap = {.header = {.id = id, .version = 1, .next = next}, .nr_areas = claimed};
+    memcpy(out + 32, &cap, 16);
+    for (uint32_t i = 0; i < count; i++)
+        memcpy(out + 48 + 16 * i, &(vfu_wire_sparse_area){offset, size}, 16);
+    return 48 + 16 * count;
+}
+
+START_TEST(region_info)
+{
+    enum { F = VFU_REGION_INFO_READ | VFU_REGION_INFO_MMAP, C = VFU_REGION_INFO_CAPS };
+    static const struct {
+        uint32_t flags, index, cap_offset;
+        uint16_t cap;
+        uint32_t next, claimed, count;
+        uint64_t offset, size;
+        int err;
+        uint32_t areas;
+        bool broken;
+    } cases[] = {
+        {F | C, 2, 32, 1, 0, 1, 1, 0x1000, 0x2000, 0, 1, false},
+        {F | C, 2, 32, 1, 0, 16, 16, 0, 0x10000, 0, 16, false},
+        {F | C, 2, 32, 1, 0, 17, 17, 0, 0x1000, -E2BIG, 0, false},
+        {F | C, 2, 32, 99, 0, 1, 1, 0, 0x1000, 0, 0, false}, /* unknown capability */
+        {F | C, 2, 32, 1, 0, 0, 0, 0, 0, 0, 0, false},       /* no areas */
+        {F | C, 3, 32, 1, 0, 1, 1, 0x1000, 0x2000, -EPROTO, 0, true}, /* another region */
+        {F | C, 2, 32, 1, 32, 1, 1, 0, 0x1000, -EPROTO, 0, true},     /* the chain loops */
+        {F | C, 2, 32, 1, 40, 1, 1, 0, 0x1000, -EPROTO, 0, true},
+        {F | C, 2, 32, 1, 8, 1, 1, 0, 0x1000, -EPROTO, 0, true},
+        {F | C, 2, 32, 1, 64, 1, 1, 0, 0x1000, -EPROTO, 0, true}, /* and leaves the message */
+        {F | C, 2, 32, 1, UINT32_MAX, 1, 1, 0, 0x1000, -EPROTO, 0, true},
+        {F | C, 2, 8, 1, 0, 1, 1, 0, 0x1000, -EPROTO, 0, true},
+        {F | C, 2, UINT32_MAX, 1, 0, 1, 1, 0, 0x1000, -EPROTO, 0, true},
+        {F | C, 2, 32, 1, 0, 2, 1, 0, 0x1000, -EPROTO, 0, true}, /* more areas than there are */
+        {F | C, 2, 32, 1, 0, UINT32_MAX, 1, 0, 0x1000, -EPROTO, 0, true},
+        {F | C, 2, 32, 1, 0, 0x10000001, 1, 0, 0x1000, -EPROTO, 0, true}, /* times 16 wraps */
+        {F | C, 2, 32, 1, 0, 1, 1, 0x1000, 0x10000, -EPROTO, 0, true},    /* outside of the region */
+        {F | C, 2, 32, 1, 0, 1, 1, 0x10000, 1, -EPROTO, 0, true},
+        {F | C, 2, 32, 1, 0, 1, 1, UINT64_MAX, 2, -EPROTO, 0, true},
+        {F | C, 2, 32, 1, 0, 1, 1, 1, UINT64_MAX, -EPROTO, 0, true},
+    };
+    for (unsigned i = 0; i < COUNT(cases); i++) {
+        uint8_t info[INFO_MAX];
+        vfu_client_region region;
+        vfu_client *client = script_open();
+        uint32_t argsz = 48 + 16 * cases[i].count;
+        put_info(info, argsz, F, 2, 0); /* the first reply only announces the size */
+        reply(VFU_CMD_DEVICE_GET_REGION_INFO, info, 32);
+        put_info(info, argsz, cases[i].flags, cases[i].index, cases[i].cap_offset);
+        put_areas(info, cases[i].cap, cases[i].next, cases[i].claimed, cases[i].count, cases[i].offset, cases[i].size);
+        int fd = memfd("region", PAGE, 0);
+        say_as(script_id++, VFU_CMD_DEVICE_GET_REGION_INFO, VFU_HDR_REPLY, 0, 16 + argsz, info, argsz, &fd, 1);
+        int err = vfu_client_region_info(client, 2, &region);
+        ck_assert_msg(err == cases[i].err, "case %u: %d", i, err);
+        if (err) {
+            ck_assert_int_eq(region.fd, -1);
+        } else {
+            ck_assert_uint_eq(region.size, 0x10000);
+            ck_assert_uint_eq(region.offset, 0x1000);
+            ck_assert_uint_eq(region.area_count, cases[i].areas);
+            if (region.area_count) {
+                ck_assert_uint_eq(region.areas[0].offset, cases[i].offset);
+                ck_assert_uint_eq(region.areas[region.area_count - 1].size, cases[i].size);
+            }
+            ck_assert_uint_eq(ino_of(region.fd), ino_of(fd));
+            close(region.fd);
+        }
+        if (cases[i].broken)
+            check_broken(client);
+        else
+            check_usable(client);
+        close(fd);
+        script_close(client);
+    }
+}
+END_TEST
+
+/* A server that never gives what it announces: the areas are not known, so the region isn't wholly mappable. */
+START_TEST(region_info_always_cut)
+{
+    uint8_t info[INFO_MAX];
+    vfu_client_region region;
+    vfu_client *client = script_open();
+    int fd = memfd("region", PAGE, 0);
+    for (unsigned i = 0; i < 2; i++) {
+        put_info(info, UINT32_MAX, VFU_REGION_INFO_READ | VFU_REGION_INFO_MMAP, 2, 0);
+        say_as(script_id++, VFU_CMD_DEVICE_GET_REGION_INFO, VFU_HDR_REPLY, 0, 48, info, 32, &fd, 1);
+    }
+    ck_assert_int_eq(vfu_client_region_info(client, 2, &region), -EPROTO);
+    ck_assert_int_eq(region.fd, -1);
+    close(fd);
+    script_close(client);
+}
+END_TEST
+
+/* Descriptors that nobody asked for are closed, and too many are no harm. */
+START_TEST(surplus_descriptors)
+{
+    uint8_t info[INFO_MAX];
+    int fds[20];
+    for (unsigned i = 0; i < COUNT(fds); i++)
+        fds[i] = memfd("surplus", PAGE, 0);
+    for (unsigned count = 1; count <= COUNT(fds); count++) {
+        vfu_client_region region;
+        vfu_client *client = script_open();
+        unsigned open = fds_open();
+        put_info(info, 32, VFU_REGION_INFO_READ | VFU_REGION_INFO_MMAP, 5, 0);
+        say_as(script_id++, VFU_CMD_DEVICE_GET_REGION_INFO, VFU_HDR_REPLY, 0, 48, info, 32, fds, count);
+        ck_assert_int_eq(vfu_client_region_info(client, 5, &region), 0);
+        ck_assert_uint_eq(ino_of(region.fd), ino_of(fds[0]));
+        close(region.fd);
+        say_as(script_id++, VFU_CMD_DEVICE_RESET, VFU_HDR_REPLY, 0, 16, NULL, 0, fds, count);
+        ck_assert_int_eq(vfu_client_reset(client), 0);
+        check_usable(client);
+        ck_assert_uint_eq(fds_open(), open);
+        script_close(client);
+    }
+    close_fds(fds, COUNT(fds));
+}
+END_TEST
+
+/* ---- other calls -------------------------------------------------------------------------------------------------------------------------- */
+
+START_TEST(region_access_replies)
+{
+    static const struct {
+        int64_t offset;
+        int32_t region, count;
+        uint32_t len; /* of the data */
+        int err;
+    } cases[] = {
+        {0, 0, 0, 8, 0},        {1, 0, 0, 8, -EPROTO}, {0, 1, 0, 8, -EPROTO},         {0, 0, -4, 4, -EPROTO},
+        {0, 0, 4, 12, -EPROTO}, {0, 0, 0, 7, -EPROTO}, {0, 0, 0, 9, -EPROTO},         {0, 0, 0, 0, -EPROTO},
+        {0, 0, -8, 0, -EPROTO}, {0, 0, INT32_MAX, 8, -EPROTO},
+    };
+    for (unsigned i = 0; i < COUNT(cases); i++) {
+        uint8_t payload[64] = {0}, data[8];
+        vfu_wire_region_access access = {.offset = (uint64_t)(16 + cases[i].offset), .region = (uint32_t)(2 + cases[i].region),
+                                         .count = (uint32_t)(8 + (int64_t)cases[i].count)};
+        vfu_client *client = script_open();
+        memcpy(payload, &access, sizeof(access));
+        memcpy(payload + 16, "abcdefghijkl", 12);
+        reply(VFU_CMD_REGION_READ, payload, 16 + cases[i].len);
+        ck_assert_int_eq(vfu_client_region_read(client, 2, 16, data, 8), cases[i].err);
+        if (cases[i].err) {
+            check_broken(client);
+        } else {
+            ck_assert_mem_eq(data, "abcdefgh", 8);
+            reply(VFU_CMD_REGION_WRITE, payload, 16);
+            ck_assert_int_eq(vfu_client_region_write(client, 2, 16, data, 8), 0);
+            check_usable(client);
+        }
+        script_close(client);
+    }
+}
+END_TEST
+
+/* The server's limit cuts an access; its max_msg_fds cuts an assignment, and de-assignment needs no descriptors. */
+START_TEST(limits_of_the_server)
+{
+    static uint8_t data[300];
+    int events[8];
+    vfu_client *client = script_open_with("{\"capabilities\":{\"max_msg_fds\":3,\"max_data_xfer_size\":100}}", 0);
+    for (unsigned i = 0; i < 3; i++) {
+        vfu_wire_region_access access = {.offset = i * 100, .region = 0, .count = i < 2 ? 100 : 50};
+        reply(VFU_CMD_REGION_WRITE, &access, sizeof(access));
+    }
+    ck_assert_int_eq(vfu_client_region_write(client, 0, 0, data, 250), 0);
+    for (unsigned i = 0; i < 3; i++)
+        ck_assert_uint_eq(heard().u.region.count, i < 2 ? 100 : 50);
+    for (unsigned i = 0; i < COUNT(events); i++)
+        events[i] = event();
+    for (unsigned i = 0; i < 3; i++)
+        reply(VFU_CMD_DEVICE_SET_IRQS, NULL, 0);
+    ck_assert_int_eq(vfu_client_irq_assign(client, 2, 10, 8, events), 0);
+    for (unsigned i = 0; i < 3; i++) {
+        vfu_msg set = heard();
+        ck_assert_uint_eq(set.u.irq_set.start, 10 + i * 3);
+        ck_assert_uint_eq(set.u.irq_set.count, i < 2 ? 3 : 2);
+        ck_assert_uint_eq(server.fd_count, set.u.irq_set.count);
+        ck_assert_uint_eq(set.u.irq_set.argsz, 20);
+    }
+    reply(VFU_CMD_DEVICE_SET_IRQS, NULL, 0);
+    ck_assert_int_eq(vfu_client_irq_assign(client, 2, 10, 8, NULL), 0);
+    vfu_msg set = heard();
+    ck_assert_uint_eq(set.u.irq_set.count, 8);
+    ck_assert_uint_eq(server.fd_count, 0);
+    close_fds(events, COUNT(events));
+    script_close(client);
+    /* a server that takes none */
+    client = script_open_with("{\"capabilities\":{\"max_msg_fds\":0}}", 0);
+    int fd = event();
+    ck_assert_int_eq(vfu_client_irq_assign(client, 2, 0, 1, &fd), -EINVAL);
+    reply(VFU_CMD_DEVICE_SET_IRQS, NULL, 0);
+    ck_assert_int_eq(vfu_client_irq_assign(client, 2, 0, 1, NULL), 0);
+    close(fd);
+    script_close(client);
+}
+END_TEST
+
+static uint64_t client_mappings(vfu_client *client)
+{
+    vfu_iommu_stats stats;
+    vfu_iommu_get_stats(vfu_client_iommu(client), &stats);
+    return stats.mappings;
+}
+
+/* What the server refuses is not mapped, and what it doesn't let go stays. */
+START_TEST(refused_maps)
+{
+    static uint8_t mem[PAGE];
+    vfu_client *client = script_open();
+    vfu_wire_dma_unmap unmap = {.argsz = 24, .address = 0x1000, .size = PAGE};
+    int file = memfd("map", PAGE, 0);
+    say_as(script_id++, VFU_CMD_DMA_MAP, 0x21, EPERM, 16, NULL, 0, NULL, 0);
+    ck_assert_int_eq(vfu_client_dma_map(client, 0x1000, PAGE, VFU_IOMMU_READ, mem, -1, 77), -EPERM);
+    ck_assert_uint_eq(client_mappings(client), 0);
+    vfu_msg map = heard();
+    ck_assert_uint_eq(map.u.dma_map.offset, 0); /* without a descriptor */
+    ck_assert_uint_eq(map.u.dma_map.flags, VFU_DMA_READABLE);
+    reply(VFU_CMD_DMA_MAP, NULL, 0);
+    ck_assert_int_eq(vfu_client_dma_map(client, 0x1000, PAGE, VFU_IOMMU_WRITE, mem, file, 0x3000), 0);
+    map = heard();
+    ck_assert_uint_eq(map.u.dma_map.argsz, 32);
+    ck_assert_uint_eq(map.u.dma_map.offset, 0x3000);
+    ck_assert_uint_eq(map.u.dma_map.flags, VFU_DMA_WRITEABLE);
+    ck_assert_uint_eq(server.fd_count, 1);
+    /* the client's own table refuses before the server is asked */
+    ck_assert_int_eq(vfu_client_dma_map(client, 0x1000, PAGE, VFU_IOMMU_READ, mem, -1, 0), -EEXIST);
+    ck_assert_int_eq(vfu_client_dma_map(client, 0x2001, PAGE, VFU_IOMMU_READ, mem, -1, 0), -EINVAL);
+    ck_assert_int_eq(vfu_client_dma_map(client, 0x2000, 0, VFU_IOMMU_READ, mem, -1, 0), -EINVAL);
+    ck_assert_int_eq(vfu_client_dma_map(client, 0x2000, PAGE, 0, mem, -1, 0), -EINVAL);
+    say_as(script_id++, VFU_CMD_DMA_UNMAP, 0x21, EBUSY, 16, NULL, 0, NULL, 0);
+    ck_assert_int_eq(vfu_client_dma_unmap(client, 0x1000, PAGE), -EBUSY);
+    ck_assert_uint_eq(client_mappings(client), 1);
+    reply(VFU_CMD_DMA_UNMAP, &unmap, sizeof(unmap));
+    must(vfu_client_dma_unmap(client, 0x1000, PAGE));
+    ck_assert_uint_eq(client_mappings(client), 0);
+    close(file);
+    script_close(client);
+}
+END_TEST
+
+/* ---- requests of the device ---------------------------------------------------------------------------------------------------------------- */
+
+/* Each is answered while the client waits for something else. */
+START_TEST(dma_requests)
+{
+    enum { RO = 0x1000, WO = 0x2000, RW_ = 0x3000 };
+    static const struct {
+        uint16_t cmd;
+        uint64_t address, count;
+        uint32_t len; /* of the data */
+        uint32_t flags;
+        int err; /* 1: no answer */
+    } cases[] = {
+        {VFU_CMD_DMA_READ, RO, 16, 0, 0, 0},
+        {VFU_CMD_DMA_READ, RO + PAGE - 1, 1, 0, 0, 0},
+        {VFU_CMD_DMA_READ, RO, 0, 0, 0, 0},
+        {VFU_CMD_DMA_READ, RO, PAGE, 0, 0, 0},
+        {VFU_CMD_DMA_READ, RO, PAGE + 1, 0, 0, -EACCES},
+        {VFU_CMD_DMA_READ, WO, 8, 0, 0, -EACCES},
+        {VFU_CMD_DMA_READ, 0, 8, 0, 0, -ENOENT},
+        {VFU_CMD_DMA_READ, RO - 1, 2, 0, 0, -ENOENT},
+        {VFU_CMD_DMA_READ, RW_ + PAGE - 1, 2, 0, 0, -ENOENT},
+        {VFU_CMD_DMA_READ, UINT64_MAX, 2, 0, 0, -EINVAL},
+        {VFU_CMD_DMA_READ, 0, (1 << 20) + 1, 0, 0, -E2BIG},
+        {VFU_CMD_DMA_READ, RO, UINT64_C(1) << 63, 0, 0, -E2BIG},
+        {VFU_CMD_DMA_READ, RO, UINT64_MAX, 0, 0, -E2BIG},
+        {VFU_CMD_DMA_READ, RO, (UINT64_C(1) << 32) + 8, 0, 0, -E2BIG},
+        {VFU_CMD_DMA_READ, RO, 8, 8, 0, -EINVAL}, /* with data */
+        {VFU_CMD_DMA_READ, RO, 8, 0, VFU_HDR_NO_REPLY, 1},
+        {VFU_CMD_DMA_READ, 0, 8, 0, VFU_HDR_NO_REPLY, 1},
+        {VFU_CMD_DMA_WRITE, WO, 8, 8, 0, 0},
+        {VFU_CMD_DMA_WRITE, RW_ + 100, 100, 100, 0, 0},
+        {VFU_CMD_DMA_WRITE, RW_, 0, 0, 0, 0},
+        {VFU_CMD_DMA_WRITE, RO, 8, 8, 0, -EACCES},
+        {VFU_CMD_DMA_WRITE, RW_ + PAGE - 4, 8, 8, 0, -ENOENT},
+        {VFU_CMD_DMA_WRITE, RW_, 8, 7, 0, -EINVAL},
+        {VFU_CMD_DMA_WRITE, RW_, 8, 9, 0, -EINVAL},
+        {VFU_CMD_DMA_WRITE, RW_, UINT64_C(1) << 63, 8, 0, -EINVAL},
+        {VFU_CMD_DMA_WRITE, RW_, UINT64_MAX, 8, 0, -EINVAL},
+        {VFU_CMD_DMA_MAP, 0, 0, 16, 0, -ENOSYS}, /* what only a client may ask */
+        {VFU_CMD_VERSION, 0, 0, 0, 0, -EINVAL},
+        {VFU_CMD_DEVICE_RESET, 0, 0, 0, 0, -EINVAL},
+        {0, 0, 0, 0, 0, -ENOSYS},
+        {14, 0, 0, 0, 0, -ENOSYS},
+        {65535, 0, 0, 30, 0, -ENOSYS},
+        {65535, 0, 0, 30, VFU_HDR_NO_REPLY, 1},
+    };
+    static uint8_t ro[PAGE], wo[PAGE], rw[PAGE];
+    static const struct {
+        uint64_t at;
+        uint32_t prot;
+        uint8_t *mem;
+    } maps[] = {{RO, VFU_IOMMU_READ, ro}, {WO, VFU_IOMMU_WRITE, wo}, {RW_, VFU_IOMMU_READ | VFU_IOMMU_WRITE, rw}};
+    vfu_client *client = script_open();
+    for (unsigned i = 0; i < COUNT(maps); i++) {
+        reply(VFU_CMD_DMA_MAP, NULL, 0);
+        ck_assert_int_eq(vfu_client_dma_map(client, maps[i].at, PAGE, maps[i].prot, maps[i].mem, -1, 0), 0);
+        heard();
+    }
+    for (unsigned i = 0; i < COUNT(cases); i++) {
+        uint8_t payload[200];
+        vfu_wire_dma_access access = {cases[i].address, cases[i].count};
+        memset(payload, (int)(0x40 + i), sizeof(payload));
+        memset(ro, (int)i, sizeof(ro));
+        memcpy(payload, &access, sizeof(access));
+        say_as((uint16_t)(7000 + i), cases[i].cmd, cases[i].flags, 0, 32 + cases[i].len, payload, 16 + cases[i].len, NULL, 0);
+        check_usable(client);
+        ck_assert_uint_eq(heard().cmd, VFU_CMD_DEVICE_GET_INFO);
+        if (cases[i].err == 1) {
+            ck_assert_int_eq(peer_receive(&server), 0);
+            continue;
+        }
+        ck_assert_int_eq(peer_receive(&server), 1);
+        vfu_wire_header header = header_of(server.bytes);
+        ck_assert_uint_eq(header.id, 7000 + i);
+        ck_assert_uint_eq(header.cmd, cases[i].cmd);
+        if (cases[i].err) {
+            ck_assert_uint_eq(header.flags, VFU_HDR_REPLY | VFU_HDR_ERROR);
+            ck_assert_uint_eq(header.size, 16);
+            /* which error doesn't matter to a device for commands that it may not send */
+            bool may = cases[i].cmd == VFU_CMD_DMA_READ || cases[i].cmd == VFU_CMD_DMA_WRITE;
+            ck_assert_msg(!may || header.error == (uint32_t)-cases[i].err, "case %u: %u", i, header.error);
+            ck_assert_uint_gt(header.error, 0);
+            continue;
+        }
+        ck_assert_uint_eq(header.flags, VFU_HDR_REPLY);
+        ck_assert_uint_eq(header.size, 32 + (cases[i].cmd == VFU_CMD_DMA_READ ? cases[i].count : 0));
+        ck_assert_mem_eq(server.bytes + 16, &access, 16);
+        for (uint64_t k = 0; k < cases[i].count; k++)
+            if (cases[i].cmd == VFU_CMD_DMA_READ)
+                ck_assert_uint_eq(server.bytes[32 + k], i);
+            else
+                ck_assert_uint_eq((cases[i].address >= RW_ ? rw : wo)[cases[i].address % PAGE + k], 0x40 + i);
+    }
+    script_close(client);
+}
+END_TEST
+
+/* A server that asks and never takes the answers: the client's memory is bounded, and it gives up. */
+START_TEST(flood_without_reading)
+{
+    enum { SIZE = 64 << 10 };
+    static uint8_t mem[SIZE];
+    vfu_wire_dma_access access = {0, SIZE};
+    vfu_wire_device_info info;
+    vfu_client *client = script_open();
+    reply(VFU_CMD_DMA_MAP, NULL, 0);
+    ck_assert_int_eq(vfu_client_dma_map(client, 0, SIZE, VFU_IOMMU_READ, mem, -1, 0), 0);
+    for (unsigned i = 0; i < 100; i++)
+        say_as(0, VFU_CMD_DMA_READ, 0, 0, 32, &access, sizeof(access), NULL, 0);
+    size_t before = client_heap.live;
+    if (_i)
+        ck_assert_int_eq(vfu_client_info(client, &info), -EPROTO);
+    else
+        ck_assert_int_eq(vfu_client_serve(client, -1, PATIENCE_MS), -EPROTO);
+    ck_assert_uint_le(client_heap.live, before);
+    vfu_iommu_unmap_all(vfu_client_iommu(client));
+    check_broken(client);
+    script_close(client);
+}
+END_TEST
+
+/* A server that only asks, and takes the answers, is late as well. */
+static void *ask_for_ever(void *arg)
+{
+    uint8_t request[32] = {0}, answers[4096];
+    vfu_wire_header header = {.cmd = VFU_CMD_DMA_READ, .size = 32};
+    int sock = *(int *)arg;
+    memcpy(request, &header, 16);
+    for (;;) {
+        struct pollfd ready = {.fd = sock, .events = POLLIN | POLLOUT};
+        ck_assert_int_ge(poll(&ready, 1, PATIENCE_MS), 1);
+        if (ready.revents & POLLIN && recv(sock, answers, sizeof(answers), MSG_DONTWAIT) <= 0)
+            return NULL;
+        if (ready.revents & POLLOUT && send(sock, request, sizeof(request), MSG_DONTWAIT | MSG_NOSIGNAL) < 0 && errno != EAGAIN)
+            return NULL;
+    }
+}
+
+START_TEST(flood_with_reading)
+{
+    vfu_wire_device_info info;
+    pthread_t thread;
+    vfu_client *client = script_open_with("{}", 50);
+    ck_assert_int_eq(pthread_create(&thread, NULL, ask_for_ever, &server.sock), 0);
+    ck_assert_int_eq(vfu_client_serve(client, -1, 20), 0);
+    ck_assert_int_eq(vfu_client_serve(client, -1, 0), 0);
+    int wake = event();
+    ck_assert_int_eq(write(wake, &(uint64_t){1}, 8), 8);
+    ck_assert_int_eq(vfu_client_serve(client, wake, -1), 1);
+    close(wake);
+    ck_assert_int_eq(vfu_client_info(client, &info), -ETIMEDOUT);
+    check_broken(client);
+    pthread_join(thread, NULL);
+    script_close(client);
+}
+END_TEST
+
+/* What is there when serve is called is served, also when no time is left: a caller that waits with poll() relies on it. */
+START_TEST(serve_without_waiting)
+{
+    vfu_wire_dma_access access = {0, 8};
+    vfu_client *client = script_open();
+    ck_assert_int_eq(vfu_client_serve(client, -1, 0), 0);
+    for (unsigned i = 0; i < 20000; i++) {
+        say_as((uint16_t)i, VFU_CMD_DMA_READ, 0, 0, 32, &access, sizeof(access), NULL, 0);
+        ck_assert_int_eq(vfu_client_serve(client, -1, 0), 0);
+        ck_assert_msg(peer_receive(&server) == 1, "request %u was received and not served", i);
+    }
+    /* likewise when the wake-up came first */
+    int wake = event();
+    ck_assert_int_eq(write(wake, &(uint64_t){1}, 8), 8);
+    say_as(1, VFU_CMD_DMA_READ, 0, 0, 32, &access, sizeof(access), NULL, 0);
+    ck_assert_int_eq(vfu_client_serve(client, wake, -1), 1);
+    ck_assert_int_eq(peer_receive(&server), 1);
+    close(wake);
+    script_close(client);
+}
+END_TEST
+
+/* The end of the server, in all its forms, is -EPIPE to serve. */
+START_TEST(serve_ends)
+{
+    vfu_wire_dma_access access = {0, 8};
+    for (unsigned how = 0; how < 3; how++) {
+        vfu_client *client = script_open();
+        if (how == 1) { /* it leaves with an answer unread: the socket says ECONNRESET */
+            say_as(1, VFU_CMD_DMA_READ, 0, 0, 32, &access, sizeof(access), NULL, 0);
+            ck_assert_int_eq(vfu_client_serve(client, -1, 0), 0);
+        }
+        if (how == 2)
+            reply(VFU_CMD_DEVICE_RESET, NULL, 0); /* of nothing */
+        else
+            peer_close(&server);
+        ck_assert_int_eq(vfu_client_serve(client, -1, -1), how == 2 ? -EPROTO : -EPIPE);
+        check_broken(client);
+        script_close(client);
+    }
+}
+END_TEST
+
+/* ---- misuse and shortage --------------------------------------------------------------------------------------------------------------------- */
+
+/* A request that can't be sent is the caller's mistake, and the connection stays. */
+START_TEST(impossible_requests)
+{
+    static uint8_t data[(4 << 20)];
+    vfu_msg request, answer;
+    vfu_client *client = script_open();
+    vfu_msg_init(&request, 0, 99);
+    ck_assert_int_eq(vfu_client_call(client, &request, NULL, 0, &answer, NULL, 0), -EINVAL);
+    script_id++;
+    vfu_msg_init(&request, 0, VFU_CMD_REGION_WRITE);
+    request.u.region.count = 8;
+    ck_assert_int_eq(vfu_client_call(client, &request, NULL, 0, &answer, NULL, 0), -EINVAL);
+    script_id++;
+    request.u.region.count = request.u.region.data_len = sizeof(data);
+    request.u.region.data = data;
+    ck_assert_int_eq(vfu_client_call(client, &request, NULL, 0, &answer, NULL, 0), -EINVAL);
+    script_id++;
+    check_usable(client);
+    script_close(client);
+}
+END_TEST
+
+/* Descriptors of a call: as many as there is room for, -1 in the rest. */
+START_TEST(received_descriptors)
+{
+    int fds[3], got[5];
+    vfu_msg request, answer;
+    vfu_client *client = script_open();
+    for (unsigned i = 0; i < 3; i++)
+        fds[i] = memfd("give", PAGE, 0);
+    for (unsigned room = 0; room <= 5; room++) {
+        vfu_msg_init(&request, 55, VFU_CMD_DEVICE_RESET);
+        say_as(script_id++, VFU_CMD_DEVICE_RESET, VFU_HDR_REPLY, 0, 16, NULL, 0, fds, 3);
+        ck_assert_int_eq(vfu_client_call(client, &request, NULL, 0, &answer, got, room), 0);
+        for (unsigned i = 0; i < room; i++) {
+            if (i < 3) {
+                ck_assert_uint_eq(ino_of(got[i]), ino_of(fds[i]));
+                ck_assert(is_cloexec(got[i]));
+                close(got[i]);
+            } else {
+                ck_assert_int_eq(got[i], -1);
+            }
+        }
+    }
+    close_fds(fds, 3);
+    script_close(client);
+}
+END_TEST
+
+START_TEST(allocations_fail)
+{
+    unsigned long total = 1;
+    for (unsigned long n = 0; n <= total; n++) {
+        vfu_client *client;
+        vfu_client_desc desc = script_desc(0);
+        int sock = script_start();
+        client_heap.fail_at = n;
+        reply(VFU_CMD_VERSION, "\0\0\0\0", 4);
+        int err = vfu_client_attach(&client, sock, &desc);
+        ck_assert_int_eq(err, n ? -ENOMEM : 0);
+        if (!n)
+            total = client_heap.count;
+        script_close(client);
+    }
+    ck_assert_uint_gt(total, 4);
+}
+END_TEST
+
+int main(void)
+{
+    Suite *suite = suite_create("client");
+    TCase *tc = tcase_create("with our device");
+    tcase_add_checked_fixture(tc, note_fds, check_fds);
+    tcase_add_test(tc, device_queries);
+    tcase_add_test(tc, device_regions);
+    tcase_add_test(tc, device_irqs);
+    tcase_add_test(tc, device_memory);
+    suite_add_tcase(suite, tc);
+
+    tc = tcase_create("with bad servers");
+    tcase_add_checked_fixture(tc, note_fds, check_fds);
+    tcase_add_loop_test(tc, greeting, 0, COUNT(greeting_cases));
+    tcase_add_test(tc, greeting_fails);
+    tcase_add_test(tc, bad_replies);
+    tcase_add_test(tc, silence);
+    tcase_add_test(tc, server_dies_at_every_byte);
+    tcase_add_test(tc, region_info);
+    tcase_add_test(tc, region_info_always_cut);
+    tcase_add_test(tc, surplus_descriptors);
+    tcase_add_test(tc, region_access_replies);
+    tcase_add_test(tc, limits_of_the_server);
+    tcase_add_test(tc, refused_maps);
+    suite_add_tcase(suite, tc);
+
+    tc = tcase_create("requests of the device");
+    tcase_add_checked_fixture(tc, note_fds, check_fds);
+    tcase_add_test(tc, dma_requests);
+    tcase_add_loop_test(tc, flood_without_reading, 0, 2);
+    tcase_add_test(tc, flood_with_reading);
+    tcase_add_test(tc, serve_without_waiting);
+    tcase_add_test(tc, serve_ends);
+    suite_add_tcase(suite, tc);
+
+    tc = tcase_create("misuse and shortage");
+    tcase_add_checked_fixture(tc, note_fds, check_fds);
+    tcase_add_test(tc, impossible_requests);
+    tcase_add_test(tc, received_descriptors);
+    tcase_add_test(tc, allocations_fail);
+    suite_add_tcase(suite, tc);
+    return run_suite(suite);
+}
