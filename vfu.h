@@ -4859,7 +4859,7 @@ struct vfu_dev {
     uint32_t irq_counts[VFU_PCI_NUM_IRQS], irq_first[VFU_PCI_NUM_IRQS], irq_total;
     _Atomic int *irqs; /* for each interrupt: -1, or its eventfd * 2 + 1 if a write to it could block */
     _Atomic unsigned raise_epoch,
-        raisers[2]; /* threads that may be about to write to an eventfd, by epoch (see vfux_irq_assign) */
+        raisers[2]; /* threads that may be about to write to an eventfd, by epoch (see vfux_irqs_replace) */
 
     vfu_dma *dmas; /* under way, the oldest first */
     vfux_slot slots[VFUX_DMA_SLOTS];
@@ -5200,17 +5200,25 @@ static int vfux_irq_signal(vfu_dev *dev, uint32_t i)
     return err;
 }
 
-/* Takes fd (-1: none) for interrupt i, and closes the one it had when no thread uses it any more: those that may still use
- * it are in the epoch that ends here, which nobody enters any more. Only the thread that polls assigns. */
-static void vfux_irq_assign(vfu_dev *dev, uint32_t i, int fd)
+/* Takes descriptors (fds NULL: none) for interrupts [first, first + count), and closes those that they had when no thread uses
+ * them any more: threads that may still do so are in the epoch that ends here, which nobody enters any more. Only the thread
+ * that polls assigns. */
+static void vfux_irqs_replace(vfu_dev *dev, uint32_t first, uint32_t count, const int *fds)
 {
-    int blocking = fd >= 0 && !(fcntl(fd, F_GETFL) & O_NONBLOCK);
-    int old = atomic_exchange(&dev->irqs[i], fd < 0 ? -1 : fd * 2 + blocking);
-    unsigned epoch = atomic_fetch_add(&dev->raise_epoch, 1) & 1;
-    while (atomic_load(&dev->raisers[epoch]))
-        sched_yield();
-    if (old >= 0)
-        close(old >> 1);
+    int old[64];
+    for (uint32_t done = 0, part; done < count; done += part) {
+        part = (uint32_t)vfux_min(count - done, sizeof(old) / sizeof(old[0]));
+        for (uint32_t i = 0; i < part; i++) {
+            int fd = fds ? fds[done + i] : -1, blocking = fd >= 0 && !(fcntl(fd, F_GETFL) & O_NONBLOCK);
+            old[i] = atomic_exchange(&dev->irqs[first + done + i], fd < 0 ? -1 : fd * 2 + blocking);
+        }
+        unsigned epoch = atomic_fetch_add(&dev->raise_epoch, 1) & 1;
+        while (atomic_load(&dev->raisers[epoch]))
+            sched_yield();
+        for (uint32_t i = 0; i < part; i++)
+            if (old[i] >= 0)
+                close(old[i] >> 1);
+    }
 }
 
 /* Is it an eventfd? They have no file type and take a write of zero, which changes nothing. */
@@ -5250,8 +5258,7 @@ static void vfux_intx_check_unmask(vfu_dev *dev)
 
 static void vfux_irqs_release(vfu_dev *dev)
 {
-    for (uint32_t i = 0; i < dev->irq_total; i++)
-        vfux_irq_assign(dev, i, -1);
+    vfux_irqs_replace(dev, 0, dev->irq_total, NULL);
     vfux_close(&dev->intx.unmask_fd);
     dev->intx.masked = false;
 }
@@ -5917,12 +5924,8 @@ static int vfux_irqs_assign(vfu_dev *dev, uint32_t index, uint32_t start, uint32
             return -EINVAL;
         }
     }
-    for (uint32_t i = 0; i < count; i++) {
-        int fd = dev->frame.fd_count ? dev->frame.fds[i] : -1;
-        vfux_irq_assign(dev, dev->irq_first[index] + start + i, fd);
-        if (fd >= 0)
-            dev->frame.fds[i] = -1; /* taken */
-    }
+    vfux_irqs_replace(dev, dev->irq_first[index] + start, count, dev->frame.fd_count ? dev->frame.fds : NULL);
+    dev->frame.fd_count = 0; /* taken */
     if (index == VFU_PCI_IRQ_INTX && count)
         vfux_intx_unmask(dev);
     return 0;
