@@ -105,7 +105,10 @@ static inline int await(caller *c, uint16_t id)
     return vfu_msg_is_error(&c->reply) ? -(int)c->reply.error : 0;
 }
 
-static inline int call_with(caller *c, vfu_msg *m, const int *fds, unsigned fd_count) { return await(c, post(c, m, fds, fd_count)); }
+static inline int call_with(caller *c, vfu_msg *m, const int *fds, unsigned fd_count)
+{
+    return await(c, post(c, m, fds, fd_count));
+}
 static inline int call(caller *c, vfu_msg *m) { return call_with(c, m, NULL, 0); }
 
 static inline void say_hello(caller *c, const char *json)

@@ -538,7 +538,8 @@ START_TEST(data_is_restored)
     static const struct {
         uint32_t size;
         int write_result, err;
-    } cases[] = {{1, 0, 0}, {0, 0, 0}, {4096, 0, 0}, {100, -EIO, -EIO}, {100, -ENOSPC, -ENOSPC}, {32769, 0, -EINVAL}, {3000, 0, 0}};
+    } cases[] = {{1, 0, 0},           {0, 0, 0},   {4096, 0, 0}, {100, -EIO, -EIO}, {100, -ENOSPC, -ENOSPC},
+                 {32769, 0, -EINVAL}, {3000, 0, 0}};
     static uint8_t data[65536];
     mover *m = &the_mover;
     vfu_dev_desc desc = mover_desc(m, true);
@@ -751,7 +752,8 @@ static bool is_logged(const model *x, uint64_t iova)
 }
 
 /* Calls `each` for the pages of the model that [iova, iova + len) has bytes of. */
-static void for_pages(model *x, uint64_t iova, uint64_t len, void (*each)(model *x, bool *dirty, uint64_t page_iova, void *arg), void *arg)
+static void for_pages(model *x, uint64_t iova, uint64_t len,
+                      void (*each)(model *x, bool *dirty, uint64_t page_iova, void *arg), void *arg)
 {
     for (unsigned w = 0; w < COUNT(window_at); w++) {
         for (uint64_t p = 0; p < WINDOW / x->page; p++) {
@@ -904,8 +906,8 @@ static void compare_report(mover *m, model *x, chance *c, bool everything)
     ck_assert_int_eq(report(&m->r, iova, length, page_size, got, words), 0);
     for (size_t i = 0; i < words; i++)
         ck_assert_msg(got[i] == want[i], "range 0x%llx + 0x%llx by 0x%llx, log page 0x%llx: word %zu is 0x%llx, not 0x%llx",
-                      (unsigned long long)iova, (unsigned long long)length, (unsigned long long)page_size, (unsigned long long)x->page, i,
-                      (unsigned long long)got[i], (unsigned long long)want[i]);
+                      (unsigned long long)iova, (unsigned long long)length, (unsigned long long)page_size,
+                      (unsigned long long)x->page, i, (unsigned long long)got[i], (unsigned long long)want[i]);
 }
 
 START_TEST(log_like_the_model)
@@ -919,14 +921,20 @@ START_TEST(log_like_the_model)
     for (unsigned w = 0; w < COUNT(window_at); w++) {
         x.dirty[w] = calloc(WINDOW / x.page, sizeof(bool));
         ck_assert_ptr_nonnull(x.dirty[w]);
-        ck_assert_int_eq(ask_map(&m->r, window_at[w], WINDOW, RW, w == MESSAGES_AT ? -1 : w == 2 ? unsealed : fd, w == 3 ? WINDOW : 0), 0);
+        ck_assert_int_eq(ask_map(&m->r, window_at[w], WINDOW, RW,
+                                 w == MESSAGES_AT ? -1
+                                 : w == 2         ? unsealed
+                                                  : fd,
+                                 w == 3 ? WINDOW : 0),
+                         0);
     }
     ck_assert_int_eq(ask_map(&m->r, read_only_at, WINDOW, VFU_DMA_READABLE, fd, 2 * WINDOW), 0);
     prove_layout(&m->r, window_at[MESSAGES_AT]);
     x.start.control.page_size = x.page;
     if ((unsigned)_i % 8 >= 4) /* ranges, of whole pages */
-        x.start = (log_start){.control = {.page_size = x.page, .num_ranges = 3},
-                              .ranges = {{window_at[0] + 65536, WINDOW}, {window_at[2], 65536}, {window_at[3] + WINDOW / 2, WINDOW / 2}}};
+        x.start = (log_start){
+            .control = {.page_size = x.page, .num_ranges = 3},
+            .ranges = {{window_at[0] + 65536, WINDOW}, {window_at[2], 65536}, {window_at[3] + WINDOW / 2, WINDOW / 2}}};
     ck_assert_int_eq(start_log(&m->r, &x.start), 0);
     for (unsigned i = 0; i < 400; i++) {
         switch (below(&c, 8)) {

@@ -135,7 +135,8 @@ static void watch(fleet *f, uint32_t i)
     for (unsigned k = 0; k < f->watched_count[i]; k++)
         epoll_ctl(f->epoll, EPOLL_CTL_DEL, f->watched[i][k].fd, NULL);
     for (unsigned k = 0; k < count; k++) {
-        struct epoll_event e = {.events = (wanted[k].events & POLLIN ? EPOLLIN : 0u) | (wanted[k].events & POLLOUT ? EPOLLOUT : 0u)};
+        struct epoll_event e = {.events = (wanted[k].events & POLLIN ? EPOLLIN : 0u) |
+                                          (wanted[k].events & POLLOUT ? EPOLLOUT : 0u)};
         e.data.u32 = i;
         need(epoll_ctl(f->epoll, EPOLL_CTL_ADD, wanted[k].fd, &e) == 0);
     }
@@ -204,7 +205,8 @@ START_TEST(many_devices_in_one_thread)
         for (unsigned k = 0; k < DEVICES; k++) { /* all ask, in some order; then all are answered, in another */
             unsigned i = (first + k * 77) % DEVICES;
             uint32_t value = i << 8 | round;
-            vfu_msg w = access_of(VFU_CMD_REGION_WRITE, 0, 8 * round, &value, 4), r = access_of(VFU_CMD_REGION_READ, 0, 8 * round, NULL, 4);
+            vfu_msg w = access_of(VFU_CMD_REGION_WRITE, 0, 8 * round, &value, 4),
+                    r = access_of(VFU_CMD_REGION_READ, 0, 8 * round, NULL, 4);
             ids[i][0] = post(&callers[i], &w, NULL, 0);
             ids[i][1] = post(&callers[i], &r, NULL, 0);
         }
@@ -572,7 +574,8 @@ START_TEST(completion_from_other_threads)
         uint16_t first = (uint16_t)(c.id + 1);
         for (uint32_t i = 0; i < BURST; i++) {
             uint8_t byte = 1;
-            vfu_msg m = i % 3 ? access_of(VFU_CMD_REGION_READ, 0, burst + i, NULL, 1 + i) : access_of(VFU_CMD_REGION_WRITE, 0, burst + i, &byte, 1);
+            vfu_msg m = i % 3 ? access_of(VFU_CMD_REGION_READ, 0, burst + i, NULL, 1 + i)
+                              : access_of(VFU_CMD_REGION_WRITE, 0, burst + i, &byte, 1);
             post(&c, &m, NULL, 0);
         }
         for (uint32_t i = 0; i < BURST; i++) {

@@ -220,7 +220,8 @@ static vfu_msg request_of(slow *s, kind k, way w)
 /* The reply that came is right for that request. */
 static void check_answer(slow *s, kind k, way w)
 {
-    static const uint16_t cmds[KINDS] = {VFU_CMD_REGION_READ, VFU_CMD_REGION_WRITE, VFU_CMD_REGION_WRITE_MULTI, VFU_CMD_DEVICE_FEATURE};
+    static const uint16_t cmds[KINDS] = {VFU_CMD_REGION_READ, VFU_CMD_REGION_WRITE, VFU_CMD_REGION_WRITE_MULTI,
+                                         VFU_CMD_DEVICE_FEATURE};
     rig *r = &s->r;
     ck_assert_int_eq(reply_to(r, r->id, cmds[k]), result_of(w));
     if (result_of(w))
@@ -302,8 +303,9 @@ START_TEST(only_the_right_completion_counts)
         data[i] = sample(s->offset, i);
     ck_assert_int_eq(vfu_dev_complete(s->r.dev, 0, 0, data, 8), -ECANCELED);
     for (unsigned i = 0; i < COUNT(cases); i++)
-        ck_assert_int_eq(vfu_dev_complete(s->r.dev, s->ticket + (uint64_t)cases[i].ticket_off, cases[i].result, data, cases[i].len),
-                         cases[i].expected);
+        ck_assert_int_eq(
+            vfu_dev_complete(s->r.dev, s->ticket + (uint64_t)cases[i].ticket_off, cases[i].result, data, cases[i].len),
+            cases[i].expected);
     check_answer(s, READ, LATER);
     ck_assert_int_eq(vfu_dev_complete(s->r.dev, s->ticket, 0, data, 8), -ECANCELED);
     check_silent(&s->r);

@@ -337,7 +337,8 @@ static void open_own(rig *r)
 static void check_own_info(rig *r, const own_case *c, uint32_t argsz)
 {
     vfu_msg m = command(GET_REGIONS);
-    vfu_wire_region_info want = {.argsz = c->argsz_needed, .flags = c->flags, .index = c->index, .size = c->size, .offset = c->offset};
+    vfu_wire_region_info want = {
+        .argsz = c->argsz_needed, .flags = c->flags, .index = c->index, .size = c->size, .offset = c->offset};
     bool fits = argsz >= c->argsz_needed;
     m.u.region_info.argsz = argsz;
     m.u.region_info.index = c->index;
@@ -697,7 +698,9 @@ START_TEST(msix_masks_one_by_one)
         uint8_t pba[PBA_LEN], control = cases[i].vector_masked;
         open_msix(r, &x, cases[i].masks);
         uint32_t at = vfu_pci_capability(vfu_dev_pci(r->dev), 0x11) + 2u, v = 65;
-        ck_assert_int_eq(ask_irqs(r, VFU_IRQ_SET_DATA_EVENTFD | VFU_IRQ_SET_ACTION_TRIGGER, VFU_PCI_IRQ_MSIX, v, 1, NULL, x.fds + v, 1), 0);
+        ck_assert_int_eq(
+            ask_irqs(r, VFU_IRQ_SET_DATA_EVENTFD | VFU_IRQ_SET_ACTION_TRIGGER, VFU_PCI_IRQ_MSIX, v, 1, NULL, x.fds + v, 1),
+            0);
         ck_assert_int_eq(ask_write(r, TABLE_BAR, TABLE_AT + v * 16 + 12, &control, 1), 0);
         write_config(r, at, (cases[i].enabled ? 0x8000u : 0) | (cases[i].all_masked ? 0x4000u : 0), 2);
         for (unsigned times = 0; times < 3; times++)
@@ -733,9 +736,18 @@ START_TEST(each_index_is_raised)
         uint32_t index, vector;
         int err; /* without an eventfd */
     } cases[] = {
-        {VFU_PCI_IRQ_INTX, 0, -EINVAL}, {VFU_PCI_IRQ_MSI, 0, -ENOENT},  {VFU_PCI_IRQ_MSI, 7, -ENOENT}, {VFU_PCI_IRQ_MSI, 8, -EINVAL},
-        {VFU_PCI_IRQ_MSIX, 3, -ENOENT}, {VFU_PCI_IRQ_MSIX, 4, -EINVAL}, {VFU_PCI_IRQ_ERR, 0, -ENOENT}, {VFU_PCI_IRQ_ERR, 1, -EINVAL},
-        {VFU_PCI_IRQ_REQ, 0, -ENOENT},  {VFU_PCI_IRQ_REQ, 1, -EINVAL},  {5, 0, -EINVAL},               {UINT32_MAX, 0, -EINVAL},
+        {VFU_PCI_IRQ_INTX, 0, -EINVAL},
+        {VFU_PCI_IRQ_MSI, 0, -ENOENT},
+        {VFU_PCI_IRQ_MSI, 7, -ENOENT},
+        {VFU_PCI_IRQ_MSI, 8, -EINVAL},
+        {VFU_PCI_IRQ_MSIX, 3, -ENOENT},
+        {VFU_PCI_IRQ_MSIX, 4, -EINVAL},
+        {VFU_PCI_IRQ_ERR, 0, -ENOENT},
+        {VFU_PCI_IRQ_ERR, 1, -EINVAL},
+        {VFU_PCI_IRQ_REQ, 0, -ENOENT},
+        {VFU_PCI_IRQ_REQ, 1, -EINVAL},
+        {5, 0, -EINVAL},
+        {UINT32_MAX, 0, -EINVAL},
         {VFU_PCI_IRQ_MSI, UINT32_MAX, -EINVAL},
     };
     rig *r = &the_rig;
@@ -1012,8 +1024,9 @@ START_TEST(accesses_that_fail)
             ck_assert_msg(err == want, "write %u: %d", i, err);
         }
         ck_assert_uint_eq(r->storage[2][0], 0);
-        vfu_wire_write_one entries[] = {
-            {.region = 0, .offset = 8, .count = 1, .data = {1}}, {.region = 3, .count = 1}, {.region = 0, .offset = 9, .count = 1, .data = {2}}};
+        vfu_wire_write_one entries[] = {{.region = 0, .offset = 8, .count = 1, .data = {1}},
+                                        {.region = 3, .count = 1},
+                                        {.region = 0, .offset = 9, .count = 1, .data = {2}}};
         vfu_msg m = command(VFU_CMD_REGION_WRITE_MULTI);
         r->refuse = 0;
         m.u.write_multi.count = COUNT(entries);

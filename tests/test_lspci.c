@@ -53,7 +53,10 @@ static const vfu_pci_desc everything = {
     .class_code = 0x088001,
     .revision = 0xa5,
     .interrupt_pin = 2,
-    .bar = {{.size = 1 << 20, .kind = VFU_BAR_MEM64, .prefetchable = true}, {0}, {.size = 65536}, {.size = 256, .kind = VFU_BAR_IO},
+    .bar = {{.size = 1 << 20, .kind = VFU_BAR_MEM64, .prefetchable = true},
+            {0},
+            {.size = 65536},
+            {.size = 256, .kind = VFU_BAR_IO},
             {.size = UINT64_C(1) << 33, .kind = VFU_BAR_MEM64, .prefetchable = true}},
     .rom_size = 65536,
     .pm = true,
@@ -82,8 +85,8 @@ static void write_word(vfu_pci *pci, uint32_t at, uint32_t value)
     vfu_pci_write(pci, at, bytes, 4);
 }
 
-/* The same after firmware and a driver have written to all that they write to. (In a dump lspci 3.9 takes the upper half of a 64-bit BAR
- * for a region of its own, which is "unassigned".) */
+/* The same after firmware and a driver have written to all that they write to. (In a dump lspci 3.9 takes the upper half of a
+ * 64-bit BAR for a region of its own, which is "unassigned".) */
 static void make_used(space *s)
 {
     vfu_pci pci;
@@ -254,7 +257,8 @@ END_TEST
 
 START_TEST(decoded)
 {
-    static const char *const bad[] = {"Unknown", "unknown", "!!!", "access denied", "invalid", "Invalid", "broken", "chain loop", "No virtual"};
+    static const char *const bad[] = {"Unknown", "unknown", "!!!",        "access denied", "invalid",
+                                      "Invalid", "broken",  "chain loop", "No virtual"};
     space s;
     spaces[_i].make(&s);
     print_hex(&s);

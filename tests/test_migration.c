@@ -11,7 +11,17 @@
 #include "caller.h"
 
 /* Registers, commands and states: DMA_ENGINE's contract. */
-enum { SRC = 0x08, DST = 0x10, LEN = 0x18, PATTERN = 0x20, REPEAT = 0x28, NOTIFY = 0x2c, COMMAND = 0x30, STATUS = 0x34, ERRNO = 0x38 };
+enum {
+    SRC = 0x08,
+    DST = 0x10,
+    LEN = 0x18,
+    PATTERN = 0x20,
+    REPEAT = 0x28,
+    NOTIFY = 0x2c,
+    COMMAND = 0x30,
+    STATUS = 0x34,
+    ERRNO = 0x38
+};
 enum { FAULT = 0x40, RESULT = 0x48, COMPLETED = 0x50, REGISTERS = 0x58 };
 enum { NONE = 0, COPY = 1, FILL = 2, SUM = 3, TO_RAM = 4, FROM_RAM = 5 };
 enum { IDLE = 0, BUSY = 1, DONE = 2, FAILED = 3 };
@@ -448,8 +458,8 @@ static void hold_one(side *s)
         ck_assert(!take_message(&s->c, &s->c.p));
 }
 
-/* Is anything there to read within the time that a round trip takes? The engine handles nothing behind a request that waits, so there is
- * no round trip to wait for: a second process of the same kind measures it. */
+/* Is anything there to read within the time that a round trip takes? The engine handles nothing behind a request that waits,
+ * so there is no round trip to wait for: a second process of the same kind measures it. */
 static bool is_silent(side *s, side *clock)
 {
     struct pollfd ready = {.fd = s->c.p.sock, .events = POLLIN};
@@ -712,7 +722,8 @@ START_TEST(dirty_pages_of_commands)
 }
 END_TEST
 
-/* While a command repeats: no report has a page that it doesn't write, and one that spans a whole repetition has all that it does. */
+/* While a command repeats: no report has a page that it doesn't write, and one that spans a whole repetition has all that it
+ * does. */
 START_TEST(dirty_pages_while_it_runs)
 {
     static const plan running[] = {

@@ -14,8 +14,8 @@
  */
 #include "util.h"
 
-/* Who speaks: the client; the device, with a reply; the device, with a command, whose number is its own; the client, answering the oldest such
- * command; nobody: something happens. */
+/* Who speaks: the client; the device, with a reply; the device, with a command, whose number is its own; the client,
+ * answering the oldest such command; nobody: something happens. */
 typedef enum who { C, D, ASKS, ANSWERS, HAPPENS } who;
 
 typedef struct stage stage;
@@ -141,10 +141,11 @@ static void hear_row(stage *s, const row *x)
         ck_assert_uint_eq(header.id, x->id);
         ck_assert_uint_eq(header.flags, x->flags ? VFU_HDR_REPLY | VFU_HDR_ERROR : VFU_HDR_REPLY);
     }
-    ck_assert_msg(header.size - 16 == payload.len, "%s, row %u: %u bytes, not %zu", s->name, s->row, header.size - 16, payload.len);
+    ck_assert_msg(header.size - 16 == payload.len, "%s, row %u: %u bytes, not %zu", s->name, s->row, header.size - 16,
+                  payload.len);
     for (size_t i = 0; i < payload.len; i++)
-        ck_assert_msg(payload.any[i] || p.bytes[16 + i] == payload.bytes[i], "%s, row %u: byte %zu is 0x%02x, not 0x%02x", s->name, s->row, i,
-                      p.bytes[16 + i], payload.bytes[i]);
+        ck_assert_msg(payload.any[i] || p.bytes[16 + i] == payload.bytes[i], "%s, row %u: byte %zu is 0x%02x, not 0x%02x",
+                      s->name, s->row, i, p.bytes[16 + i], payload.bytes[i]);
     ck_assert_uint_eq(p.fd_count, x->fds ? strlen(x->fds) : 0);
     if (p.fd_count)
         ck_assert_uint_eq(ino_of(p.fds[0]), ino_of(s->r.ram));
@@ -281,7 +282,8 @@ static void was_reset_by_function(stage *s)
 
 static void fail_accesses(stage *s) { s->r.refuse = -EIO; }
 
-/* A guest's IOMMU is switched on: everything below 2^bits but the interrupt window is unmapped as powers of two, all pipelined. */
+/* A guest's IOMMU is switched on: everything below 2^bits but the interrupt window is unmapped as powers of two, all
+ * pipelined. */
 static void unmap_aperture(stage *s, unsigned bits, unsigned expected)
 {
     const uint64_t window = 0xfee00000, window_end = 0xfef00000, last = bits == 64 ? UINT64_MAX : (UINT64_C(1) << bits) - 1;
@@ -465,7 +467,8 @@ static const row qemu_10_write_first[] = {
 /* ---- Cloud Hypervisor, with complete_accesses -------------------------------------------------------------------------- */
 
 static const row cloud_hypervisor[] = {
-    {C, 0, VERSION, 0, "2:0 2:0 " JSON({"capabilities":{"max_msg_fds":1,"max_data_xfer_size":1048576,"migration":{"pgsize":4096}}}), NULL, NULL},
+    {C, 0, VERSION, 0, "2:0 2:0 "
+     JSON({"capabilities":{"max_msg_fds":1,"max_data_xfer_size":1048576,"migration":{"pgsize":4096}}}), NULL, NULL},
     {D, 0, VERSION, 0, "2:0 2:0 " OUR_JSON "}}'", NULL, NULL},
     {C, 1, INFO, 0, "4:20 4:0 4:0 4:0", NULL, NULL},
     {D, 1, INFO, 0, "4:10 4:3 4:9 4:5", NULL, NULL},
@@ -521,7 +524,8 @@ static const row spdk[] = {
 /* ---- libvfio-user's sample client, with no_mmap so that there is DMA by message ---------------------------------------- */
 
 static const row libvfio_user[] = {
-    {C, 0xda55, VERSION, 0, "2:0 2:0 " JSON({"capabilities":{"max_msg_fds":32,"max_data_xfer_size":1024,"migration":{"pgsize":4096}}}), NULL, NULL},
+    {C, 0xda55, VERSION, 0, "2:0 2:0 "
+     JSON({"capabilities":{"max_msg_fds":32,"max_data_xfer_size":1024,"migration":{"pgsize":4096}}}), NULL, NULL},
     {D, 0xda55, VERSION, 0, "2:0 2:0 " OUR_JSON "}}'", NULL, NULL},
     {C, 0xf00f, READ, 0, "8:0 4:deadbeef 4:4", NULL, NULL}, /* a trial: it wants EINVAL */
     {D, 0xf00f, READ, EINVAL, "", NULL, NULL},

@@ -618,7 +618,11 @@ converse() {
         'HEAR '*)
             name=
             IFS= read -r -t 10 name <&6 || :
-            if [[ $name = "${line#HEAR }" ]]; then ok "the guest says \"$name\""; else wrong "$line: the line is $(printf %q "$name")"; fi
+            if [[ $name = "${line#HEAR }" ]]; then
+                ok "the guest says \"$name\""
+            else
+                wrong "$line: the line is $(printf %q "$name")"
+            fi
             echo go >&3
             ;;
         'FEED '*)
