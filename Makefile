@@ -144,14 +144,25 @@ $(BUILD)/vfu.pc: vfu.h FORCE
 	        'Description: vfio-user protocol and user-space IOMMU, two single-header C11 libraries'                   \
 	        "Version: $$version" 'Cflags: -I$${includedir}' 'Libs: -pthread' >$@
 
-install: $(BUILD)/vfu.pc ## install the headers and the pkg-config file below PREFIX
-	mkdir -p '$(DESTDIR)$(PREFIX)/include' '$(DESTDIR)$(PREFIX)/share/pkgconfig'
+# The example devices come with the descriptions that the specification's appendix asks for. It names one place for them, and an
+# installation below another prefix than the system's keeps to that prefix.
+DEVICES       := dma_engine serial
+LIBEXEC       ?= $(PREFIX)/libexec/vfu
+VFIO_USER_DIR ?= $(if $(filter /usr /usr/local,$(PREFIX)),/usr/share/vfio-user,$(PREFIX)/share/vfio-user)
+
+install: $(BUILD)/vfu.pc $(DEVICES:%=$(BUILD)/examples/%) ## install the headers, the pkg-config file and the example devices below PREFIX
+	mkdir -p '$(DESTDIR)$(PREFIX)/include' '$(DESTDIR)$(PREFIX)/share/pkgconfig' '$(DESTDIR)$(LIBEXEC)' '$(DESTDIR)$(VFIO_USER_DIR)'
 	cp vfu.h vfu_iommu.h '$(DESTDIR)$(PREFIX)/include/'
 	cp $(BUILD)/vfu.pc '$(DESTDIR)$(PREFIX)/share/pkgconfig/'
+	cp $(DEVICES:%=$(BUILD)/examples/%) '$(DESTDIR)$(LIBEXEC)/'
+	for d in $(DEVICES); do \
+	    sed 's|@BINDIR@|$(LIBEXEC)|' examples/$$d.json.in >'$(DESTDIR)$(VFIO_USER_DIR)'/50-vfu-$$d.json || exit 1; done
 	cd '$(DESTDIR)$(PREFIX)' && chmod 644 include/vfu.h include/vfu_iommu.h share/pkgconfig/vfu.pc
+	chmod 644 $(DEVICES:%='$(DESTDIR)$(VFIO_USER_DIR)/50-vfu-%.json')
 
 uninstall: ## remove what install put there
 	cd '$(DESTDIR)$(PREFIX)' && rm -f include/vfu.h include/vfu_iommu.h share/pkgconfig/vfu.pc
+	rm -f $(DEVICES:%='$(DESTDIR)$(LIBEXEC)/%') $(DEVICES:%='$(DESTDIR)$(VFIO_USER_DIR)/50-vfu-%.json')
 
 clean: ## remove everything that was built
 	rm -rf '$(BUILD)'
