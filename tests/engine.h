@@ -136,7 +136,6 @@ typedef struct program {
     pid_t pid;               /* 0: none */
     char path[100];          /* of its socket */
     char out[100], err[100]; /* what it prints */
-    unsigned idle_fds;       /* descriptors it has open without a client */
 } program;
 
 /* Everything that a run leaves in the file system is in here. */

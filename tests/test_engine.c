@@ -449,6 +449,21 @@ END_TEST
 
 /* ---- clients that come and go ---------------------------------------------------------------------------------------------- */
 
+/* How many descriptors the engine has open when nobody is there: as many as after a client that has left nothing. */
+static unsigned idle_fds(void)
+{
+    int64_t until = now_ms() + PATIENCE;
+    join(P); /* now it has done what it does when it starts */
+    unsigned served = open_fds(), fds;
+    leave(P);
+    while ((fds = open_fds()) >= served) {
+        if (now_ms() > until)
+            FAIL("%u descriptors are open after a client has left, %u were before", fds, served);
+        nap();
+    }
+    return fds;
+}
+
 /* Waits until the engine has no more descriptors open than before, and nothing of ours mapped. */
 static void await_idle(unsigned fds)
 {
@@ -469,7 +484,7 @@ START_TEST(test_engine_client_leaves)
     for (unsigned i = 0; i < 4; i++)
         events[i] = make_event();
     start(NULL);
-    unsigned fds = open_fds();
+    unsigned fds = idle_fds();
     for (unsigned round = 0; round < 3; round++) {
         join(P);
         map(P, AT, MIB, READABLE | WRITEABLE, &m, 0, WITH_FD);
@@ -529,7 +544,7 @@ START_TEST(test_engine_client_dies_anywhere)
         {DMA_MAP, &mapping, sizeof(mapping), &m.fd, 1}, /* refused, with its descriptor */
     };
     start(NULL);
-    unsigned fds = open_fds();
+    unsigned fds = idle_fds();
     bool more = true;
     for (size_t cut = 1; more; cut++) {
         int fd = dial_when_ready(&engine);
@@ -565,7 +580,7 @@ START_TEST(test_engine_client_breaks_the_stream)
 {
     static const uint32_t sizes[] = {0, 15, 0x7fffffff, UINT32_MAX};
     start(NULL);
-    unsigned fds = open_fds();
+    unsigned fds = idle_fds();
     for (unsigned i = 0; i < COUNT(sizes) * 2; i++) {
         join(P);
         header h = {.cmd = i % 2 ? 999 : GET_INFO, .size = sizes[i / 2]};
@@ -711,7 +726,7 @@ START_TEST(test_engine_odd_descriptors)
     odd[7] = pipes[1];
     odd[8] = sockets[0];
     start(NULL);
-    unsigned idle = open_fds();
+    unsigned idle = idle_fds();
     join(P);
     for (unsigned i = 0; i < FDS_MAX; i++)
         many[i] = m.fd;
@@ -866,7 +881,7 @@ START_TEST(test_engine_any_message)
     memory m = make_memory(MIB, SHRINKABLE);
     int event = make_event();
     start(_i % 2 ? "--no-mmap" : NULL);
-    unsigned fds = open_fds();
+    unsigned fds = idle_fds();
     join(P);
     for (unsigned burst = 0; burst < 150; burst++) {
         unsigned expected = 0;
@@ -1235,7 +1250,7 @@ START_TEST(test_engine_many_windows)
     uint64_t base = UINT64_C(0x7000000000), state = 11;
     memory m = make_memory((MANY + 1) * (size_t)PAGE, SEALED);
     start_limited(_i ? "--no-mmap" : NULL, 1024);
-    unsigned fds = open_fds();
+    unsigned fds = idle_fds();
     join(P);
     MUST(strstr((char *)P->reply.body + 4, "\"max_dma_maps\":65535"));
     P->windows[0] = (window){base, m.size, m.at, READABLE | WRITEABLE};
@@ -1276,7 +1291,7 @@ START_TEST(test_engine_many_files)
     static int keep[MANY / 1000 + 1];
     uint64_t base = UINT64_C(0x7000000000), state = 13;
     start_limited(NULL, 1024);
-    unsigned fds = open_fds();
+    unsigned fds = idle_fds();
     join(P);
     SAME(map_many(0, MANY, base, -1, keep), 0);
     SAME(ask_table(NULL, 0), MANY);
@@ -2125,7 +2140,7 @@ START_TEST(test_engine_message_limits)
     };
     memory m = make_memory(2 * LEN_MAX, SEALED);
     start("--no-mmap");
-    unsigned fds = open_fds();
+    unsigned fds = idle_fds();
     for (unsigned i = 0; i < COUNT(cases); i++) {
         join_with(P, cases[i].json);
         P->limit = cases[i].limit;
@@ -2159,7 +2174,7 @@ START_TEST(test_engine_refused_versions)
         {0, 0, "nonsense"},
     };
     start(NULL);
-    unsigned fds = open_fds();
+    unsigned fds = idle_fds();
     for (unsigned i = 0; i < COUNT(cases); i++) {
         uint8_t body[300] = {0};
         memcpy(body, &cases[i].major, 2);
@@ -2429,7 +2444,7 @@ START_TEST(test_engine_impossible_replies)
     static const uint32_t sizes[] = {0, 1, 15, 0x40000000, 0x7fffffff, UINT32_MAX};
     memory m = make_memory(MIB, SEALED);
     start(NULL);
-    unsigned fds = open_fds();
+    unsigned fds = idle_fds();
     for (unsigned i = 0; i < COUNT(sizes); i++) {
         join(P);
         SAME(reg(P, STATUS), IDLE);
