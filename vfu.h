@@ -1112,7 +1112,8 @@ VFU_API unsigned vfu_pci_write(vfu_pci *pci, uint32_t offset, const void *buf, u
 /* Everything as after a reset. */
 VFU_API void vfu_pci_reset(vfu_pci *pci);
 
-/* The client is gone: command register and MSI-X enable are cleared, the rest stays. */
+/* The client is gone: command register, interrupt status, MSI enable, MSI-X enable and function mask are cleared, the rest
+ * stays. */
 VFU_API void vfu_pci_disconnect(vfu_pci *pci);
 
 VFU_API uint16_t vfu_pci_command(const vfu_pci *pci);
@@ -4569,7 +4570,8 @@ static bool vfux_pci_build_extended(vfu_pci *pci, const vfu_pci_desc *desc)
             return false;
         vfux_put16(pci->config + at + 4, vendor->id);
         vfux_put16(pci->config + at + 6, vendor->version | (8u + vendor->len) << 4);
-        memcpy(pci->config + at + 8, vendor->data, vendor->len);
+        if (vendor->len)
+            memcpy(pci->config + at + 8, vendor->data, vendor->len);
     }
     return true;
 }
@@ -4596,7 +4598,8 @@ static bool vfux_pci_build_caps(vfu_pci *pci, const vfu_pci_desc *desc)
         if (!at)
             return false;
         pci->config[at + 2] = (uint8_t)(3 + vendor->len);
-        memcpy(pci->config + at + 3, vendor->data, vendor->len);
+        if (vendor->len)
+            memcpy(pci->config + at + 3, vendor->data, vendor->len);
     }
     return true;
 }

@@ -432,6 +432,7 @@ START_TEST(impossible_descriptors)
         case 35: caps[0].version = 15, d.extended_vendor_caps = caps, d.extended_vendor_cap_count = 14, possible = true; break;
         case 36: caps[0].len = 0x100 - 0x90 - 3, d.vendor_caps = caps, possible = true; break; /* to the last byte */
         case 37: caps[0].len = 0x100 - 0x90 - 2, d.vendor_caps = caps; break;
+        case 38: caps[0] = (vfu_pci_vendor_cap){.len = 0}, d.vendor_caps = caps, possible = true; break; /* nothing, at NULL */
         default: d.extended_vendor_caps = caps, d.extended_vendor_cap_count = 1, possible = true; break;
         }
         ck_assert_msg(vfu_pci_build(&pci, &d) == (possible ? 0 : -EINVAL), "case %u", i);
