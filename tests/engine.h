@@ -414,11 +414,11 @@ static inline bool send_bytes(int fd, const void *bytes, size_t len, const int *
         struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1};
         if (fd_count && !done) {
             message.msg_control = control.room;
-            message.msg_controllen = CMSG_SPACE(fd_count * sizeof(int));
+            message.msg_controllen = (socklen_t)CMSG_SPACE(fd_count * sizeof(int));
             struct cmsghdr *head = CMSG_FIRSTHDR(&message);
             head->cmsg_level = SOL_SOCKET;
             head->cmsg_type = SCM_RIGHTS;
-            head->cmsg_len = CMSG_LEN(fd_count * sizeof(int));
+            head->cmsg_len = (socklen_t)CMSG_LEN(fd_count * sizeof(int));
             memcpy(CMSG_DATA(head), fds, fd_count * sizeof(int));
         }
         ssize_t sent = sendmsg(fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
@@ -464,7 +464,8 @@ static inline bool receive_bytes(int fd, void *buf, size_t len, frame *f)
         if (got < 0)
             continue;
         MUST(!(message.msg_flags & MSG_CTRUNC));
-        for (struct cmsghdr *head = CMSG_FIRSTHDR(&message); head; head = CMSG_NXTHDR(&message, head)) {
+        struct cmsghdr *head = CMSG_FIRSTHDR(&message); /* there is one at most: Linux gives all descriptors in one */
+        if (head) {
             unsigned count = (unsigned)((head->cmsg_len - CMSG_LEN(0)) / sizeof(int));
             MUST(f->fd_count + count <= FDS_MAX);
             memcpy(f->fds + f->fd_count, CMSG_DATA(head), count * sizeof(int));

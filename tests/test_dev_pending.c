@@ -599,14 +599,14 @@ static void connect_again(slow *s)
     greet(&s->r);
 }
 
-static const char *const departures[] = {"closes", "breaks the protocol", "closes after the completion"};
+enum { DEPARTURES = 3 }; /* it closes, breaks the protocol, closes after the completion */
 
 /* Its request is forgotten, whenever it is completed, and the next client's requests have other tickets. */
 START_TEST(a_client_that_leaves)
 {
     fds_at_start = fds_open();
     for (kind k = READ; k < KINDS; k++) {
-        for (unsigned how = 0; how < COUNT(departures); how++) {
+        for (unsigned how = 0; how < DEPARTURES; how++) {
             slow *s = &the_slow;
             static const uint32_t no_message[4] = {0, 3, 0, 0};
             slow_open(s);

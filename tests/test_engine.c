@@ -40,32 +40,33 @@ static void end(memory *m)
 
 /* "Wrong arguments print usage to standard error, status 2." "`dma_engine (--socket-path=PATH | --fd=N) [--verbose]
  * [--no-mmap]`" */
+static const char *const usage_errors[][4] = {
+    {NULL},
+    {"--verbose", "--no-mmap"},
+    {"--socket-path"},
+    {"--fd"},
+    {"--fd="},
+    {"--fd=x"},
+    {"--fd=3x"},
+    {"--fd=-1"},
+    {"--fd=99999999999999999999"},
+    {"--fd=4294967299"},
+    {"--socket-path=/nonexistent/a", "--fd=3"},
+    {"--fd=3", "--socket-path=/nonexistent/a"},
+    {"--socket-path=/nonexistent/a", "--bogus"},
+    {"--socket-path=/nonexistent/a", "operand"},
+    {"operand", "--socket-path=/nonexistent/a"},
+    {"--socket-path=/nonexistent/a", "-v"},
+    {"--socket-path=/nonexistent/a", "--verbose=1"},
+    {"--socket-path=/nonexistent/a", "--no-mmap=1"},
+    {"/nonexistent/a"},
+    {"--help"},
+};
+
 START_TEST(test_engine_wrong_arguments)
 {
-    static const char *const cases[][4] = {
-        {NULL},
-        {"--verbose", "--no-mmap"},
-        {"--socket-path"},
-        {"--fd"},
-        {"--fd="},
-        {"--fd=x"},
-        {"--fd=3x"},
-        {"--fd=-1"},
-        {"--fd=99999999999999999999"},
-        {"--fd=4294967299"},
-        {"--socket-path=/nonexistent/a", "--fd=3"},
-        {"--fd=3", "--socket-path=/nonexistent/a"},
-        {"--socket-path=/nonexistent/a", "--bogus"},
-        {"--socket-path=/nonexistent/a", "operand"},
-        {"operand", "--socket-path=/nonexistent/a"},
-        {"--socket-path=/nonexistent/a", "-v"},
-        {"--socket-path=/nonexistent/a", "--verbose=1"},
-        {"--socket-path=/nonexistent/a", "--no-mmap=1"},
-        {"/nonexistent/a"},
-        {"--help"},
-    };
     name_files(&engine);
-    spawn(&engine, cases[_i], -1, 0);
+    spawn(&engine, usage_errors[_i], -1, 0);
     int status = wait_end(&engine);
     SAME(status, 2);
     MUST(strstr(text_of(engine.err, 0), "usage"));
@@ -73,8 +74,6 @@ START_TEST(test_engine_wrong_arguments)
     SAME(size_of(engine.out), 0);
 }
 END_TEST
-
-enum { WRONG_ARGUMENTS = 20 };
 
 /* Arguments that are right, but can't be served: an error that is said, and no usage. */
 START_TEST(test_engine_unusable_arguments)
@@ -3205,7 +3204,7 @@ int main(void)
     greeting_verdict = ends[0];
 
     TCase *t = add_case(suite, "command line");
-    tcase_add_loop_test(t, test_engine_wrong_arguments, 0, WRONG_ARGUMENTS);
+    tcase_add_loop_test(t, test_engine_wrong_arguments, 0, COUNT(usage_errors));
     tcase_add_test(t, test_engine_unusable_arguments);
     tcase_add_test(t, test_engine_stale_socket);
     tcase_add_test(t, test_engine_live_socket);
