@@ -622,12 +622,12 @@ static int64_t send_part(stream *s)
     struct msghdr msg = {.msg_iov = &iov, .msg_iovlen = 1};
     if (with_fds) {
         msg.msg_control = control.bytes;
-        msg.msg_controllen = CMSG_SPACE(sizeof(int) * b->count);
+        msg.msg_controllen = (socklen_t)CMSG_SPACE(sizeof(int) * b->count);
         memset(&control, 0, msg.msg_controllen);
         struct cmsghdr *head = CMSG_FIRSTHDR(&msg);
         head->cmsg_level = SOL_SOCKET;
         head->cmsg_type = SCM_RIGHTS;
-        head->cmsg_len = CMSG_LEN(sizeof(int) * b->count);
+        head->cmsg_len = (socklen_t)CMSG_LEN(sizeof(int) * b->count);
         memcpy(CMSG_DATA(head), b->fds, sizeof(int) * b->count);
     }
     ssize_t n = sendmsg(s->to, &msg, MSG_DONTWAIT | MSG_NOSIGNAL);
@@ -748,12 +748,10 @@ static void receive(stream *s)
         pass_on(s);
         return;
     }
-    for (struct cmsghdr *c = CMSG_FIRSTHDR(&msg); c; c = CMSG_NXTHDR(&msg, c)) {
-        if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS)
-            continue;
+    struct cmsghdr *c = CMSG_FIRSTHDR(&msg); /* one at most: Linux gives all descriptors in one */
+    if (c && c->cmsg_level == SOL_SOCKET && c->cmsg_type == SCM_RIGHTS)
         for (size_t i = 0; i < (c->cmsg_len - CMSG_LEN(0)) / sizeof(int) && n < VFU_FDS_RECEIVABLE; i++)
             memcpy(&fds[n++], CMSG_DATA(c) + i * sizeof(int), sizeof(int));
-    }
     if (msg.msg_flags & MSG_CTRUNC)
         note(s->when, "lost", "descriptors of the %s were lost: this program may open no more", side_names[s->sender]);
     s->end += (size_t)got;

@@ -19,7 +19,7 @@ engine=$!
     kill -KILL $engine
 ) &
 watchdog=$!
-trap 'kill -KILL $engine 2>/dev/null; kill $watchdog 2>/dev/null; rm -rf "$dir"' EXIT
+trap 'kill $watchdog 2>/dev/null; [ -z "$engine" ] || kill -KILL $engine 2>/dev/null; rm -rf "$dir"' EXIT
 trap 'exit 1' HUP INT TERM
 
 tries=0
@@ -39,6 +39,7 @@ status=$?
 kill -TERM $engine
 wait $engine
 ended=$?
+engine= # its number may be another process's now
 if [ $ended -ne 0 ]; then
     echo "demo: the device ended with status $ended" >&2
     status=1

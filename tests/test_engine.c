@@ -853,10 +853,12 @@ START_TEST(test_engine_sleeps)
             set(P, COMMAND, 99);
             SAME(signalled(events[0], PATIENCE), 1);
         }
-        nanosleep(&quarter, NULL);
-        unsigned long before = used_time();
-        nanosleep(&quarter, NULL);
-        unsigned long used = used_time() - before;
+        unsigned long used = 5;
+        for (unsigned i = 0; i < 20 && used > 4; i++) { /* on a loaded machine it may come to rest later */
+            unsigned long before = used_time();
+            nanosleep(&quarter, NULL);
+            used = used_time() - before;
+        }
         if (used > 4)
             FAIL("it has used %lu0 ms of 250 in state %u", used, state);
         for (unsigned i = 0; i < 2; i++)
