@@ -5094,10 +5094,6 @@ static int vfux_window_make(vfu_dev *dev, vfux_window **out, int fd, const struc
                             bool write)
 {
     int access = fcntl(fd, F_GETFL) & O_ACCMODE;
-    if (access == O_WRONLY || (write && access != O_RDWR)) {
-        dev->why = "the descriptor doesn't allow that access";
-        return -EACCES;
-    }
     vfux_window *window = dev->window_count < VFUX_WINDOWS_MAX ? vfux_allocate_zero(&dev->desc.alloc, sizeof(*window)) : NULL;
     if (!window)
         return -ENOMEM;
@@ -5138,6 +5134,11 @@ static int vfux_window_get(vfu_dev *dev, vfux_window **out, int fd, uint64_t off
     if (!S_ISREG(st.st_mode)) {
         dev->why = "the descriptor is no file";
         return -ENODEV;
+    }
+    int access = fcntl(fd, F_GETFL) & O_ACCMODE; /* of this very descriptor, whatever others of the same file allowed */
+    if (access == O_WRONLY || (write && access != O_RDWR)) {
+        dev->why = "the descriptor doesn't allow that access";
+        return -EACCES;
     }
     if (size > (uint64_t)st.st_size || offset > (uint64_t)st.st_size - size) {
         dev->why = "the file is shorter than the mapping";
