@@ -1178,7 +1178,8 @@ typedef struct vfu_dev_callbacks {
     int (*region_write)(void *ctx, uint32_t region, uint64_t offset, const void *buf, size_t len);
 
     /* Back to the initial state. The configuration space, the MSI-X table and the migration state are reset already,
-     * transfers are forgotten (their `done` isn't called); mappings and interrupts stay. */
+     * transfers are forgotten (their `done` isn't called); mappings and interrupts stay. It may wait for threads of the device:
+     * until it returns, their accesses to memory that only messages reach fail. */
     void (*reset)(void *ctx, vfu_reset_kind kind);
 
     /* Before the client writes the configuration space: return a negative errno to refuse it. And after it was written;
@@ -1187,7 +1188,7 @@ typedef struct vfu_dev_callbacks {
     void (*config_written)(void *ctx, unsigned changed);
 
     /* After VERSION; and when that client has gone: mappings and interrupts are dropped when it returns, tickets and
-     * transfers are forgotten already. */
+     * transfers are forgotten already, and it may wait for threads as reset may. */
     void (*connected)(void *ctx);
     void (*disconnected)(void *ctx);
 
@@ -5046,6 +5047,15 @@ static void vfux_message_let_go(void *ctx, uint64_t iova, uint64_t size)
     }
 }
 
+/* No thread may wait for memory that only messages reach: a callback can then wait for the device's threads. */
+static void vfux_revoke_all(vfu_dev *dev)
+{
+    pthread_mutex_lock(&dev->lock);
+    dev->revoked_first = 0;
+    dev->revoked_last = UINT64_MAX;
+    pthread_mutex_unlock(&dev->lock);
+}
+
 /* Threads may wait for any memory again. */
 static void vfux_revoke_end(vfu_dev *dev)
 {
@@ -5999,6 +6009,8 @@ static void vfux_msix_reset(vfu_dev *dev);
 
 static void vfux_reset(vfu_dev *dev, vfu_reset_kind kind)
 {
+    vfux_revoke_all(dev);
+    vfux_waits_take(dev, 0, UINT64_MAX, vfux_wait_refuse);
     vfux_dma_forget_all(dev, -ECANCELED);
     vfu_pci_reset(&dev->pci);
     vfux_msix_reset(dev);
@@ -6008,6 +6020,7 @@ static void vfux_reset(vfu_dev *dev, vfu_reset_kind kind)
     dev->mig_state = VFU_MIG_STATE_RUNNING;
     if (dev->desc.callbacks.reset)
         dev->desc.callbacks.reset(dev->desc.ctx, kind);
+    vfux_revoke_end(dev);
 }
 
 static int vfux_on_reset(vfu_dev *dev, const vfu_msg *request, vfux_answer *answer)
@@ -6667,6 +6680,8 @@ static void vfux_dev_drop_client(vfu_dev *dev)
     if (!dev->conn)
         return;
     vfux_pending_drop(dev);
+    vfux_revoke_all(dev);
+    vfux_waits_take(dev, 0, UINT64_MAX, vfux_wait_disconnect);
     vfux_dma_forget_all(dev, -ENOTCONN);
     if (dev->greeted && dev->desc.callbacks.disconnected)
         dev->desc.callbacks.disconnected(dev->desc.ctx);
