@@ -146,7 +146,7 @@ $(BUILD)/vfu.pc: vfu.h FORCE
 
 # The example devices come with the descriptions that the specification's appendix asks for. It names one place for them, and an
 # installation below another prefix than the system's keeps to that prefix.
-DEVICES       := dma_engine serial
+DEVICES       := dma_engine serial nvme
 LIBEXEC       ?= $(PREFIX)/libexec/vfu
 VFIO_USER_DIR ?= $(if $(filter /usr /usr/local,$(PREFIX)),/usr/share/vfio-user,$(PREFIX)/share/vfio-user)
 

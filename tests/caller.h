@@ -200,32 +200,39 @@ typedef struct child {
     int log; /* what it prints */
 } child;
 
-static inline const char *engine_path(void)
+static inline const char *example_path(const char *name)
 {
     static char path[4096];
     const char *examples = getenv("VFU_EXAMPLES");
-    snprintf(path, sizeof(path), "%s/dma_engine", examples && *examples ? examples : "build/examples");
+    snprintf(path, sizeof(path), "%s/%s", examples && *examples ? examples : "build/examples", name);
     return path;
 }
 
-/* Starts an engine on a listening socket; it ends with us. */
-static inline void start_engine(child *e, struct sockaddr_un *address, socklen_t *len)
+/* Starts an example device, with further options (NULL: none, else NULL ends them), on a listening socket; it ends with us. */
+static inline void start_example(child *e, const char *name, const char *const *options, struct sockaddr_un *address, socklen_t *len)
 {
     int sock = listener(address, len);
     e->log = memfd("log", 0, 0);
     e->pid = fork();
     must(e->pid);
     if (e->pid == 0) {
-        char option[32];
+        char option[32], *argv[16] = {(char *)(uintptr_t)name, option};
         prctl(PR_SET_PDEATHSIG, SIGKILL);
         fcntl(sock, F_SETFD, 0);
         dup2(e->log, STDERR_FILENO);
         snprintf(option, sizeof(option), "--fd=%d", sock);
-        execl(engine_path(), "dma_engine", option, (char *)NULL);
-        perror(engine_path());
+        for (unsigned i = 0; options && options[i] && i < 13; i++)
+            argv[i + 2] = (char *)(uintptr_t)options[i];
+        execv(example_path(name), argv);
+        perror(example_path(name));
         _exit(127);
     }
     close(sock);
+}
+
+static inline void start_engine(child *e, struct sockaddr_un *address, socklen_t *len)
+{
+    start_example(e, "dma_engine", NULL, address, len);
 }
 
 /* SIGTERM, which it honours with status 0: a sanitizer that has found something says otherwise. */
