@@ -5026,6 +5026,12 @@ static void vfux_wait_refuse(vfu_dev *dev, vfux_wait *wait)
     vfux_wait_done(&wait->dma, -ENOENT);
 }
 
+static void vfux_wait_cancel(vfu_dev *dev, vfux_wait *wait)
+{
+    (void)dev;
+    vfux_wait_done(&wait->dma, -ECANCELED);
+}
+
 static void vfux_dma_finish(vfu_dev *dev, vfu_dma *dma, int result);
 
 /* An unmap, which the thread that polls does, waits for those that wait for that thread: they give up. */
@@ -6010,7 +6016,7 @@ static void vfux_msix_reset(vfu_dev *dev);
 static void vfux_reset(vfu_dev *dev, vfu_reset_kind kind)
 {
     vfux_revoke_all(dev);
-    vfux_waits_take(dev, 0, UINT64_MAX, vfux_wait_refuse);
+    vfux_waits_take(dev, 0, UINT64_MAX, vfux_wait_cancel);
     vfux_dma_forget_all(dev, -ECANCELED);
     vfu_pci_reset(&dev->pci);
     vfux_msix_reset(dev);

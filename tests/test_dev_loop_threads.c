@@ -856,6 +856,82 @@ START_TEST(waits_end)
 }
 END_TEST
 
+/* Reads until it is refused at once, which happens while the client's reset or its end is handled. Before that, one that is under
+ * way fails in its own way. */
+static void *read_until_refused(void *arg)
+{
+    reading *r = arg;
+    vfu_iommu_reader *reader;
+    uint8_t buf[100];
+    need(vfu_iommu_reader_open(vfu_dev_iommu(r->b->dev), &reader) == 0);
+    while (vfu_iommu_read(reader, window + r->number * SLICE, buf, sizeof(buf)) != -ENOENT) {
+    }
+    vfu_iommu_reader_close(reader);
+    atomic_fetch_add(&r->refused, 1);
+    return NULL;
+}
+
+static void wait_for_readings(void *ctx)
+{
+    (void)ctx;
+    for (unsigned i = 0; i < READERS; i++)
+        while (!atomic_load(&readings[i].refused))
+            sched_yield();
+}
+
+static void reset_waits(void *ctx, vfu_reset_kind kind)
+{
+    (void)kind;
+    wait_for_readings(ctx);
+}
+
+/* The callbacks reset and disconnected wait for threads whose accesses the client answers, or doesn't answer, any more. */
+START_TEST(callbacks_wait_for_readers)
+{
+    for (unsigned i = 0; i < 40; i++) {
+        static box b;
+        struct sockaddr_un address;
+        socklen_t len;
+        vfu_dev_desc desc = box_desc(&b);
+        bool leaves = i % 2, answers = i % 4 < 2;
+        desc.callbacks.reset = reset_waits;
+        desc.callbacks.disconnected = leaves ? wait_for_readings : NULL;
+        box_create(&b, &desc);
+        ck_assert_int_eq(vfu_dev_attach(b.dev, listener(&address, &len)), 0);
+        box_start(&b);
+        caller c = {.p = {.sock = connect_to(&address, len)}};
+        say_hello(&c, NULL);
+        make_memory(&c, window, window_size);
+        vfu_msg map = map_of(window, window_size), reset = command(VFU_CMD_DEVICE_RESET);
+        ck_assert_int_eq(call(&c, &map), 0);
+        start_readings(&b, read_until_refused);
+        while (answers && c.messages < 10)
+            ck_assert(!take_message(&c, &c.p));
+        if (!answers)
+            hold_some(&c, READERS);
+        if (leaves)
+            peer_close(&c.p);
+        else
+            ck_assert_int_eq(call(&c, &reset), 0);
+        for (unsigned k = 0; k < READERS; k++)
+            join(readings[k].thread);
+        if (!leaves) { /* and everything is as before */
+            c.held_count = 0;
+            c.hold = false;
+            start_readings(&b, read_once);
+            for (unsigned k = 0; k < READERS; k++)
+                ck_assert(!take_message(&c, &c.p));
+            for (unsigned k = 0; k < READERS; k++) {
+                join(readings[k].thread);
+                ck_assert_int_eq(readings[k].last, 0);
+            }
+        }
+        caller_close(&c);
+        box_stop(&b);
+    }
+}
+END_TEST
+
 /* ---- interrupts from other threads ------------------------------------------------------------------------------------- */
 
 static _Atomic unsigned raised;
@@ -1244,6 +1320,7 @@ int main(void)
     tcase_add_test(reading_threads, readers_on_message_memory);
     tcase_add_test(reading_threads, unmap_under_readers);
     tcase_add_test(reading_threads, waits_end);
+    tcase_add_test(reading_threads, callbacks_wait_for_readers);
     suite_add_tcase(suite, reading_threads);
     TCase *interrupts = tcase_create("interrupts");
     tcase_add_test(interrupts, raise_while_eventfds_change);
