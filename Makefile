@@ -21,8 +21,8 @@ COMPILE = -std=c11 $(WARN) $(WERROR) -I. -pthread $(1) $(CPPFLAGS) $(CFLAGS) -MM
 
 EXAMPLES := $(patsubst examples/%.c,%,$(wildcard examples/*.c))
 TESTS    := $(patsubst tests/%.c,%,$(wildcard tests/test_*.c))
-# Tests with threads: those that start some, and those that include what does, which their name tells.
-THREADED := $(sort $(filter %threads,$(TESTS)) \
+# Tests with threads: those that start some, those that include what does, which their name tells, and that of a device with some.
+THREADED := $(sort $(filter %threads test_nvme,$(TESTS)) \
     $(patsubst tests/%.c,%,$(shell grep -l pthread_create $(wildcard tests/test_*.c) /dev/null)))
 
 # A C file that defines this macro brings the implementation itself; any other test is linked with tests/impl.c.
@@ -95,7 +95,7 @@ $(eval $(call build,$(BUILD)/tsan,$$(SAN_CC),$$(SANITIZE_THREAD)))
 NORMAL_PROGRAMS := $(EXAMPLES:%=$(BUILD)/examples/%)       $(TESTS:%=$(BUILD)/tests/%)
 ASAN_PROGRAMS   := $(EXAMPLES:%=$(BUILD)/asan/examples/%)  $(TESTS:%=$(BUILD)/asan/tests/%)
 CLANG_PROGRAMS  := $(EXAMPLES:%=$(BUILD)/clang/examples/%) $(TESTS:%=$(BUILD)/clang/tests/%)
-TSAN_PROGRAMS   := $(THREADED:%=$(BUILD)/tsan/tests/%)
+TSAN_PROGRAMS   := $(EXAMPLES:%=$(BUILD)/tsan/examples/%)  $(THREADED:%=$(BUILD)/tsan/tests/%)
 
 tests: $(NORMAL_PROGRAMS) $(ASAN_PROGRAMS) $(CLANG_PROGRAMS) $(TSAN_PROGRAMS) ## build the test programs without running them
 

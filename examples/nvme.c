@@ -34,7 +34,7 @@
 #include <sys/syscall.h>
 #include <sys/uio.h>
 
-enum { PAGE = 4096, QUEUES_MAX = 64, ENTRIES_MAX = 1024, WORKERS = 4, BATCH = 16, EVENT_REQUESTS = 4, ERROR_ENTRIES = 4 };
+enum { PAGE = 4096, QUEUES_MAX = 64, ENTRIES_MAX = 1024, WORKERS = 4, SERVE_MAX = 256, BATCH = 16, EVENT_REQUESTS = 4, ERROR_ENTRIES = 4 };
 enum { MDTS = 8, TRANSFER_MAX = PAGE << MDTS, PAGES_MAX = TRANSFER_MAX / PAGE + 1, INLINE_MAX = 64 << 10 };
 enum { SQE_SIZE = 64, CQE_SIZE = 16, RANGES_MAX = 256 };
 enum { BAR_REGISTERS = 0, BAR_MSIX = 4, DOORBELLS = 0x1000, BAR_SIZE = 0x4000, DOORBELL_COUNT = 2 * (QUEUES_MAX + 1) };
@@ -390,7 +390,9 @@ static void give_to_worker(nvme *c, command *cmd)
 static void execute(lane *l, command *cmd)
 {
     uint32_t result = 0;
-    int status = cmd->sqe[1] ? INVALID_FIELD : cmd->sq->id ? do_io(l, cmd) : do_admin(l, cmd, &result); /* neither fused nor SGLs */
+    int status = INVALID_FIELD;
+    if (!(cmd->sqe[1] & 0xc3)) /* neither fused nor with SGLs */
+        status = cmd->sq->id ? do_io(l, cmd) : do_admin(l, cmd, &result);
     if (status == NEEDS_WORKER)
         give_to_worker(l->c, cmd);
     else if (status != HELD)
@@ -399,13 +401,15 @@ static void execute(lane *l, command *cmd)
 
 static void deliver_events(lane *l);
 
-/* Does everything that there is for a lane. */
-static void serve(lane *l)
+/* Does what there is for a lane, up to a limit. True: there may be more. */
+static bool serve(lane *l)
 {
-    for (command *cmd; (cmd = fetch(l));)
+    command *cmd = NULL;
+    for (unsigned i = 0; i < SERVE_MAX && (cmd = fetch(l)); i++)
         execute(l, cmd);
     deliver_events(l);
     interrupt(l);
+    return cmd;
 }
 
 /* ---- data pointer ---------------------------------------------------------------------------------------------------------- */
@@ -575,7 +579,7 @@ static int move(lane *l, bool write, uint64_t offset, uint32_t len, int flags)
     if (pinned)
         drop_pins(l, l->range_count);
     if (err && flags & NO_WAIT) {
-        if (err != -EAGAIN)
+        if (err == -EOPNOTSUPP || err == -ENOSYS)
             atomic_store(write ? &l->c->writes_wait : &l->c->reads_wait, true);
         return NEEDS_WORKER;
     }
@@ -1347,12 +1351,12 @@ static bool workers_wanted(nvme *c)
 static bool work(void *ctx)
 {
     nvme *c = ctx;
-    serve(&c->lanes[0]);
+    bool more = serve(&c->lanes[0]);
     lock(c);
     if (workers_wanted(c))
         pthread_cond_signal(&c->work);
     unlock(c);
-    return false;
+    return more;
 }
 
 static void config_written(void *ctx, unsigned changed)
@@ -1461,6 +1465,7 @@ static void *poller(void *arg)
     lane *l = arg;
     nvme *c = l->c;
     uint64_t last = 0;
+    bool more = false;
     for (;;) {
         lock(c);
         while (!c->ending && !c->running)
@@ -1470,9 +1475,9 @@ static void *poller(void *arg)
         if (ending)
             return NULL;
         uint64_t now = now_us();
-        if (find_doorbells(c)) {
+        if (find_doorbells(c) || more) {
             last = now;
-            serve(l);
+            more = serve(l);
         } else if (now - last > SPIN_US) {
             struct timespec nap = {.tv_nsec = now - last > IDLE_US ? 1000000 : 50000};
             nanosleep(&nap, NULL);
