@@ -1366,7 +1366,11 @@ START_TEST(unmap_in_mid_flight)
             memcpy(at(&h, IOVA + LISTS + page * 8), &address, 8);
         }
         for (unsigned i = 0; i < count; i++)
-            enqueue(&h, 1, (sqe){.opcode = READ, .nsid = 1, .prp1 = iova, .prp2 = IOVA + LISTS + 8, .dw12 = 2047});
+            enqueue(&h, 1, (sqe){.opcode = READ,
+                                 .nsid = 1,
+                                 .prp1 = iova + i * (MIB / 8),
+                                 .prp2 = IOVA + LISTS + i * 256 + 8,
+                                 .dw12 = MIB / 8 / 512 - 1});
         ring_sq(&h, 1);
         if (round % 3)
             must(vfu_client_serve(h.client, -1, (int)(round % 3)));
