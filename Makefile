@@ -6,6 +6,7 @@
 #   WERROR=-Werror               turns the warnings into errors
 #   BUILD                        where everything built goes
 #   PREFIX DESTDIR               where `install` puts the headers
+#   BENCH_NVME                   arguments of tests/qemu/bench_nvme.sh
 
 BUILD   ?= build
 PREFIX  ?= /usr/local
@@ -49,7 +50,7 @@ ABSENT := $(if $(wildcard tests/firmware.sh),,check-firmware) $(if $(wildcard te
 .DELETE_ON_ERROR:
 .SUFFIXES:
 .PHONY: help examples demo deps tests check check-normal check-asan check-clang check-tsan check-stress check-compile \
-    check-qemu check-firmware bench-iommu install uninstall clean FORCE
+    check-qemu check-qemu-long check-firmware bench-iommu bench-nvme install uninstall clean FORCE
 
 help: ## list the targets
 	@awk -v absent=' $(ABSENT) ' '/^[a-z-]+:.*## / { name = $$1; sub(/:.*/, "", name); sub(/^.*## /, "");            \
@@ -118,6 +119,9 @@ check-stress: | $(AFTER_DEPS) ## unmap under fire, a million times, beside a con
 check-qemu: examples | $(AFTER_DEPS) ## run Linux guests in an unmodified QEMU against the example device
 	@tests/qemu/run.sh $(BUILD) || test $$? -eq 77
 
+check-qemu-long: examples | $(AFTER_DEPS) ## run disks in Linux guests for ten minutes each
+	@tests/qemu/run.sh --long $(BUILD) || test $$? -eq 77
+
 ifneq ($(wildcard tests/firmware.sh),)
 check-firmware: | $(AFTER_DEPS) ## run the codec and the vIOMMU in a freestanding Cortex-M image
 	@tests/firmware.sh $(BUILD) || test $$? -eq 77
@@ -135,6 +139,13 @@ $(BUILD)/bench/bench_iommu: $(BENCH_IOMMU) $(BUILD)/config
 bench-iommu: $(BUILD)/bench/bench_iommu ## measure the vIOMMU beside memcpy
 	@$<
 endif
+
+$(BUILD)/bench/bench_round_trip: tests/bench/bench_round_trip.c $(BUILD)/config
+	@mkdir -p $(@D)
+	$(CC) $(call COMPILE,-O2) $(LDFLAGS) -o $@ $<
+
+bench-nvme: $(BUILD)/examples/nvme $(BUILD)/bench/bench_round_trip | $(AFTER_DEPS) ## measure the example disk beside QEMU's own
+	@tests/qemu/bench_nvme.sh $(BUILD) $(BENCH_NVME) || test $$? -eq 77
 
 $(BUILD)/vfu.pc: vfu.h FORCE
 	@mkdir -p $(@D)

@@ -2,9 +2,11 @@
 # SPDX-License-Identifier: MIT
 #
 # Runs Linux guests in an unmodified QEMU against BUILD_DIR/examples/dma_engine, and compares the engine's table of mappings with
-# what each guest says it has mapped; and one against BUILD_DIR/examples/serial, with which it talks through the guest's driver.
+# what each guest says it has mapped; one against BUILD_DIR/examples/serial, with which it talks through the guest's driver; and
+# some against BUILD_DIR/examples/nvme, whose disk they use through the guest's driver.
 #
 #     tests/qemu/run.sh BUILD_DIR [GUEST...]
+#     tests/qemu/run.sh --long BUILD_DIR [GUEST...]     disks under mixed I/O for ten minutes: without an IOMMU, and with a strict one
 #
 # Needs a QEMU with vfio-user-pci, a Linux kernel with VFIO modules, a static busybox and a C compiler that links statically. What
 # the machine lacks is fetched on Debian from Debian's archive, with the mirror, the proxy and the keys that the machine's own apt
@@ -12,16 +14,18 @@
 #
 #     VFU_QEMU_REQUIRED=1    what is missing is a failure, not a reason to skip
 #     VFU_QEMU_DIR=DIR       where QEMU and the kernel are unpacked, instead of BUILD_DIR/qemu
-#     VFU_QEMU_ENGINE=FILE   another build of the engine, for example one with sanitizers; the serial port is the one beside it
+#     VFU_QEMU_ENGINE=FILE   another build of the engine, for example one with sanitizers; the other devices are those beside it
 #
 # Exit status: 0 when everything held, 1 when not, 2 for wrong arguments, 77 when a QEMU or kernel is not to be had here.
 set -eu
 export LC_ALL=C
 
-# The guests: name | mode of guest.c | course | memory backend | options of the program | Debian's kernel | QEMU's IOMMU | kernel
-# arguments. The course has a word for each start of the guest's kernel:
+# The guests: name | mode of guest.c, or nvme for guest_nvme.c | course | memory backend | options of the program | Debian's kernel |
+# QEMU's IOMMU | kernel arguments. The course has a word for each start of the guest's kernel:
 #     all        it checks everything and switches itself off
-#     kill       QEMU is killed while the engine copies in the guest's memory; the next QEMU finds the same engine
+#     kill       QEMU is killed while the engine copies in the guest's memory, or the guest writes to the disk; the next QEMU finds
+#                the same device
+#     crash      the device is killed while the guest writes to the disk; the next QEMU finds a new device, and what was flushed
 #     restart    the guest restarts while the engine copies, without unmapping anything; QEMU goes on. QEMU's IOMMUs for Intel and
 #                virtio reset the device before they unmap, which --verbose lets the engine's log tell; the others unmap first.
 # memory-backend-ram has no file to hand over, so every DMA travels as a message. The cloud kernel has no AMD IOMMU.
@@ -39,32 +43,50 @@ intel-no-mmap  | vfio-messages | all          | memfd,share=on | --no-mmap | clo
 virtio-iommu   | vfio          | restart all  | memfd,share=on | --verbose | cloud-amd64 | virtio-iommu-pci | iommu.strict=1
 amd-iommu      | vfio          | restart all  | memfd,share=on |           | amd64       | $amd             | iommu.strict=1
 serial         | serial        | all          | memfd,share=on |           | cloud-amd64 |                  |
+nvme           | nvme          | crash all    | memfd,share=on |           | cloud-amd64 |                  |
+nvme-messages  | nvme          | kill all     | ram            |           | cloud-amd64 |                  |
+nvme-intel     | nvme          | restart all  | memfd,share=on |           | cloud-amd64 | $vtd             | $on iommu.strict=1
+nvme-lazy      | nvme          | all          | memfd,share=on |           | cloud-amd64 | $vtd             | $on iommu.strict=0
+nvme-virtio    | nvme          | crash all    | memfd,share=on |           | cloud-amd64 | virtio-iommu-pci | iommu.strict=1
 "
+long_guests='nvme nvme-intel'
 default_guests=$(awk -F'|' 'NF > 1 { gsub(/ /, "", $1); printf "%s ", $1 }' <<<"$guests")
 guest_seconds=120
+# What the guests with a disk have for mixed I/O.
+mixed_seconds=4
+disk_size=272M
 
+script=check-qemu
 here=$(cd "$(dirname "$0")" && pwd)
 
 usage() {
-    echo "usage: run.sh BUILD_DIR [GUEST...]" >&2
+    echo "usage: run.sh [--long] BUILD_DIR [GUEST...]" >&2
     echo "guests: $default_guests" >&2
     exit 2
 }
 
+if [[ ${1:-} = --long ]]; then
+    default_guests=$long_guests
+    mixed_seconds=600
+    guest_seconds=$((guest_seconds + mixed_seconds))
+    shift
+fi
 [[ $# -ge 1 && -d $1 ]] || usage
 build=$(cd "$1" && pwd)
 shift
 store=${VFU_QEMU_DIR:-$build/qemu}
 engine=${VFU_QEMU_ENGINE:-$build/examples/dma_engine}
 serial=$(dirname "$engine")/serial
+nvme=$(dirname "$engine")/nvme
 logs=$build/qemu/log
 
 passed=0
 failed=0
 engine_pid=
 qemu_pid=
-debian_ready=
 work=
+# The last round of writes that a guest has flushed to its disk
+flushed=0
 
 clean_up() {
     [[ -z $qemu_pid ]] || kill -KILL "$qemu_pid" 2>/dev/null || :
@@ -76,12 +98,7 @@ trap 'exit 129' HUP
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-# For what is missing on this machine, not wrong in this project.
-skip() {
-    echo "check-qemu: $*" >&2
-    [[ ${VFU_QEMU_REQUIRED:-0} != 1 ]] || exit 1
-    exit 77
-}
+. "$here/common.sh"
 
 ok() {
     passed=$((passed + 1))
@@ -91,264 +108,6 @@ ok() {
 wrong() {
     failed=$((failed + 1))
     echo "FAIL $*"
-}
-
-# ---- What the machine has, or Debian -------------------------------------------------------------------------------------------
-
-# Prints `URI<tab>SUITE<tab>COMPONENTS<tab>OPTIONS` for each archive that the machine's apt knows, options in the one-line style.
-apt_sources() {
-    local file
-    for file in /etc/apt/sources.list /etc/apt/sources.list.d/*.list; do
-        [[ -r $file ]] || continue
-        sed -n 's/#.*//; s/^[[:space:]]*deb[[:space:]][[:space:]]*//p' "$file" | awk '
-            {
-                options = ""
-                if (sub(/^\[/, "")) {
-                    options = $0; sub(/\].*/, "", options)
-                    sub(/^[^]]*\][ \t]*/, "")
-                }
-                components = ""
-                for (i = 3; i <= NF; i++) components = components " " $i
-                print $1 "\t" $2 "\t" components " \t" options
-            }'
-    done
-    for file in /etc/apt/sources.list.d/*.sources; do
-        [[ -r $file ]] || continue
-        awk '
-            function flush(   u, s, i, k, options) {
-                if (value["types"] ~ /(^| )deb( |$)/ && value["enabled"] !~ /^ *no/) {
-                    # A key inside the stanza is no file name: apt then looks among the keys it trusts.
-                    if (value["signed-by"] ~ /^ *\/[^ ]*$/) { options = value["signed-by"]; sub(/^ */, "signed-by=", options) }
-                    if (value["trusted"] ~ /yes/) options = options " trusted=yes"
-                    split(value["uris"], u, " "); split(value["suites"], s, " ")
-                    for (i = 1; i in u; i++) for (k = 1; k in s; k++)
-                        print u[i] "\t" s[k] "\t " value["components"] " \t" options
-                }
-                split("", value)
-            }
-            /^#/ { next }
-            /^[ \t]*$/ { flush(); next }
-            /^[ \t]/ { value[name] = value[name] " " $0; next }
-            { name = tolower($0); sub(/:.*/, "", name); text = $0; sub(/^[^:]*:[ \t]*/, "", text); value[name] = text }
-            END { flush() }' "$file"
-    done
-}
-
-# apt with a package database of its own, in which nothing is installed: no root, no lock and no trace on the machine.
-debian_apt() {
-    local tool=$1
-    shift
-    "$tool" -c "$store/apt/apt.conf" "$@"
-}
-
-debian_setup() {
-    [[ -z $debian_ready ]] || return 0
-    local release='' codename='' source uri options
-    if [[ -r /etc/os-release ]]; then
-        release=$(. /etc/os-release && echo "${ID:-}")
-        codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
-    fi
-    [[ $release = debian ]] && command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null ||
-        skip "not found here, and only a Debian machine can fetch it"
-
-    # Debian's own archive is the one that carries the machine's release in a component main.
-    source=$(apt_sources | awk -F'\t' -v codename="$codename" '$2 == codename && $3 ~ / main / { print; exit }')
-    [[ -n $source ]] ||
-        source=$(apt_sources | awk -F'\t' '$2 !~ /security/ && $3 ~ / main / && $1 ~ /debian\/?$/ { print; exit }')
-    [[ -n $source ]] || skip "no Debian archive in this machine's apt sources"
-    uri=$(cut -f1 <<<"$source")
-    options=$(cut -f4 <<<"$source")
-
-    rm -rf "$store/apt"
-    mkdir -p "$store/apt/state/lists/partial" "$store/apt/cache/archives/partial"
-    : >"$store/apt/status"
-    cat >"$store/apt/sources.list" <<END
-deb [$options arch=amd64] $uri trixie main
-deb [$options arch=amd64] $uri trixie-backports main
-END
-    # The machine's own hooks are for its own package database.
-    cat >"$store/apt/apt.conf" <<END
-#clear APT::Update::Pre-Invoke;
-#clear APT::Update::Post-Invoke;
-#clear APT::Update::Post-Invoke-Success;
-#clear Acquire::IndexTargets::deb::DEP-11;
-Dir::State "$store/apt/state";
-Dir::State::status "$store/apt/status";
-Dir::Cache "$store/apt/cache";
-Dir::Etc::sourcelist "$store/apt/sources.list";
-Dir::Etc::sourceparts "/dev/null";
-Dir::Etc::preferences "/dev/null";
-Dir::Etc::preferencesparts "/dev/null";
-APT::Architecture "amd64";
-APT::Architectures "amd64";
-APT::Default-Release "trixie";
-APT::Install-Recommends "false";
-APT::Sandbox::User "";
-APT::Update::Error-Mode "any";
-Acquire::Languages "none";
-Acquire::Retries "3";
-END
-    echo "# reading the package lists of Debian trixie and trixie-backports"
-    debian_apt apt-get -qq update || skip "the package lists could not be fetched"
-    debian_ready=1
-}
-
-# unpack DIRECTORY DEB...: all or nothing.
-unpack() {
-    local directory=$1 package
-    shift
-    rm -rf "$directory" "$directory.new"
-    mkdir -p "$directory.new"
-    for package in "$@"; do
-        dpkg-deb -x "$package" "$directory.new"
-    done
-    mv "$directory.new" "$directory"
-}
-
-# Asked about this device alone: the list of all devices loads every module, also those of another QEMU on the machine, and dies.
-has_device() {
-    "$@" -device vfio-user-pci,help 2>/dev/null | grep '^vfio-user-pci options' >/dev/null
-}
-
-# Sets `qemu`, the command to run.
-find_qemu() {
-    qemu=(qemu-system-x86_64)
-    if command -v "${qemu[0]}" >/dev/null && has_device "${qemu[@]}"; then
-        return
-    fi
-    local root=$store/root lib=$store/root/usr/lib/x86_64-linux-gnu
-    if [[ ! -d $root ]]; then
-        debian_setup
-        echo "# fetching QEMU from trixie-backports"
-        debian_apt apt-get -qq -y --download-only -t trixie-backports install qemu-system-x86 ||
-            skip "QEMU could not be fetched"
-        unpack "$root" "$store"/apt/cache/archives/*.deb
-        debian_apt apt-get clean
-    fi
-    # The tree brings its own C library, so it runs on any release.
-    export QEMU_MODULE_DIR=$lib/qemu
-    qemu=("$lib/ld-linux-x86-64.so.2" --library-path "$lib:$root/usr/lib" "$root/usr/bin/qemu-system-x86_64"
-        -L "$root/usr/share/qemu" -L "$root/usr/share/seabios")
-    has_device "${qemu[@]}" || skip "the QEMU in $root has no vfio-user-pci"
-}
-
-find_busybox() {
-    local missing
-    busybox=$(command -v busybox || :)
-    # A dynamic program names its interpreter; the guest has no libraries.
-    if [[ -n $busybox ]] && ! grep -q '/ld-\(linux\|musl\)' "$busybox"; then
-        missing=$(printf '%s\n' cpio insmod mount poweroff sed sh sleep stty xzcat zcat |
-            grep -vxFf <("$busybox" --list 2>/dev/null) || :)
-        [[ -n $missing ]] || return 0
-    fi
-    busybox=$store/busybox/usr/bin/busybox
-    if [[ ! -x $busybox ]]; then
-        debian_setup
-        (cd "$store/apt" && debian_apt apt-get -qq download busybox-static) || skip "busybox could not be fetched"
-        unpack "$store/busybox" "$store"/apt/busybox-static_*.deb
-        rm "$store"/apt/busybox-static_*.deb
-    fi
-}
-
-# fits CONFIG: whether a kernel has built in what the guest needs before it has modules.
-fits() {
-    local option
-    for option in BLK_DEV_INITRD RD_GZIP DEVTMPFS SERIAL_8250_CONSOLE PCI_MSI HUGETLBFS INTEL_IOMMU AMD_IOMMU IRQ_REMAP; do
-        grep -q "^CONFIG_$option=y" "$1" || return 1
-    done
-    grep -q '^CONFIG_VFIO_PCI=[ym]' "$1" && ! grep -q '^# CONFIG_VFIO_CONTAINER is not set' "$1"
-}
-
-# find_kernel FLAVOUR: the machine's own or Debian's linux-image-FLAVOUR. Sets `kernel`, its `modules` (a directory) and
-# `kernel_version`.
-find_kernel() {
-    local config package directory=$store/linux-image-$1
-    for config in /boot/config-* /lib/modules/*/config; do
-        [[ -r $config ]] && fits "$config" || continue
-        kernel_version=${config#/boot/config-}
-        [[ $config = /boot/* ]] || kernel_version=$(basename "$(dirname "$config")")
-        modules=/lib/modules/$kernel_version
-        for kernel in "/boot/vmlinuz-$kernel_version" "$modules/vmlinuz"; do
-            [[ ! -r $kernel || ! -d $modules/kernel ]] || return 0
-        done
-    done
-    if [[ ! -d $directory ]]; then
-        debian_setup
-        echo "# fetching linux-image-$1 from trixie"
-        package=$(debian_apt apt-cache depends "linux-image-$1" | awk '$1 == "Depends:" { print $2; exit }')
-        [[ -n $package ]] || skip "Debian trixie has no linux-image-$1"
-        (cd "$store/apt" && debian_apt apt-get -qq download "$package") || skip "the kernel could not be fetched"
-        unpack "$directory" "$store"/apt/linux-image-*.deb
-        rm "$store"/apt/linux-image-*.deb
-    fi
-    kernel=$(echo "$directory"/boot/vmlinuz-*)
-    kernel_version=${kernel##*/vmlinuz-}
-    modules=$directory/usr/lib/modules/$kernel_version
-}
-
-# ---- The guest's file system ---------------------------------------------------------------------------------------------------
-
-compile_guest() {
-    local flags=(-std=c11 -O2 -Wall -Wextra -static -o "$work/guest" "$here/guest.c")
-    if command -v musl-gcc >/dev/null &&
-        musl-gcc -idirafter /usr/include -idirafter "/usr/include/$(uname -m)-linux-gnu" "${flags[@]}"; then
-        return
-    fi
-    command -v gcc >/dev/null || skip "neither musl-gcc nor gcc to compile the guest program"
-    gcc "${flags[@]}" || skip "the guest program can't be linked statically here"
-}
-
-# Copies the modules that the guest loads, in the order of loading; what a kernel has built in or never had is left out.
-copy_modules() {
-    local name file number=10
-    for name in virtio virtio_ring virtio_pci_legacy_dev virtio_pci_modern_dev virtio_pci virtio-iommu \
-        irqbypass iommufd_driver iommufd vfio vfio_virqfd vfio_iommu_type1 vfio-pci-core vfio-pci; do
-        file=$(find "$modules/kernel" -name "$name.ko*" -o -name "${name//-/_}.ko*" | head -n 1)
-        number=$((number + 1))
-        case $file in
-        '') ;;
-        *.xz) "$busybox" xzcat "$file" >"$1/$number-$name.ko" ;;
-        *.gz) "$busybox" zcat "$file" >"$1/$number-$name.ko" ;;
-        *.zst) zstd -qdc "$file" >"$1/$number-$name.ko" || skip "no zstd to unpack $file" ;;
-        *) cp "$file" "$1/$number-$name.ko" ;;
-        esac
-    done
-}
-
-# Sets `initramfs`, made once for each kernel. The kernel's messages go to the first serial line, the second is the guest
-# program's.
-make_initramfs() {
-    local root=$work/$kernel_version
-    initramfs=$root.gz
-    [[ ! -e $initramfs ]] || return 0
-    mkdir -p "$root/bin" "$root/dev" "$root/proc" "$root/sys" "$root/modules"
-    cp "$busybox" "$root/bin/busybox"
-    cp "$work/guest" "$root/guest"
-    copy_modules "$root/modules"
-    cat >"$root/init" <<'END'
-#!/bin/busybox sh
-bb=/bin/busybox
-$bb mount -t devtmpfs none /dev
-$bb mount -t proc none /proc
-$bb mount -t sysfs none /sys
-for file in /modules/*; do
-    case $file in
-    # A guest without interrupt remapping would be refused VFIO otherwise; this guest has nobody to protect.
-    *vfio_iommu_type1*) $bb insmod "$file" allow_unsafe_interrupts=1 ;;
-    *) $bb insmod "$file" ;;
-    esac
-done
-mode=$($bb sed -n 's/.*vfu\.mode=\([a-z-]*\).*/\1/p' /proc/cmdline)
-# Raw before the first byte, or the line would echo the host's answers back to it.
-$bb stty -F /dev/ttyS1 raw -echo
-/guest "$mode" </dev/ttyS1 >/dev/ttyS1 2>&1
-status=$?
-[ $status -le 1 ] || echo "GUEST FAIL, exit status $status" >/dev/ttyS1
-$bb sleep 0.1
-$bb poweroff -f
-END
-    chmod 755 "$root/init"
-    (cd "$root" && find . | "$busybox" cpio -o -H newc 2>/dev/null | gzip -1) >"$initramfs"
 }
 
 # ---- Comparing tables of mappings ----------------------------------------------------------------------------------------------
@@ -453,16 +212,17 @@ stop_within() {
     return 1
 }
 
-# start_device NAME: the engine, or the serial port with its line on descriptors 5 (to it) and 6 (from it). Sets `engine_pid`,
-# `engine_log`, and `descriptors_before`.
+# start_device: the engine, the disk, or the serial port with its line on descriptors 5 (to it) and 6 (from it). Sets `engine_pid`
+# and `descriptors_before`.
 start_device() {
     local tries
-    engine_log=$logs/$1.engine
     rm -f "$work"/line.* "$work/sock"
     mkfifo "$work/line.in" "$work/line.out"
     exec 5<>"$work/line.in" 6<>"$work/line.out"
+    local image=()
+    [[ $mode != nvme ]] || image=(--image="$work/disk")
     # shellcheck disable=SC2086  # the options are words
-    "$program" --socket-path="$work/sock" $options <"$work/line.in" >"$work/line.out" 2>"$engine_log" 5>&- 6>&- &
+    "$program" --socket-path="$work/sock" "${image[@]}" $options <"$work/line.in" >"$work/line.out" 2>>"$engine_log" 5>&- 6>&- &
     engine_pid=$!
     for ((tries = 0; tries < 250; tries++)); do
         [[ ! -S $work/sock ]] || break
@@ -508,9 +268,11 @@ start_qemu() {
     # Both ends of each pipe are opened for reading and writing, here as in QEMU, so that no open waits for the other side.
     exec 3<>"$work/ctl.in" 4<>"$work/ctl.out"
     # A guest whose kernel panics restarts as well: only the one that is to restart may.
-    local reboot=shutdown
+    local reboot=shutdown processors=1
+    # With two the driver makes two pairs of queues.
+    [[ $mode != nvme ]] || processors=2
     [[ $course != *restart* ]] || reboot=reset
-    "${qemu[@]}" -machine q35,memory-backend=m -accel tcg -smp 1 -m 512M \
+    "${qemu[@]}" -machine q35,memory-backend=m -accel tcg -smp "$processors" -m 512M \
         -object "memory-backend-${memory%%,*},id=m,size=512M$([[ $memory != *,* ]] || echo ",${memory#*,}")" \
         -nodefaults -no-user-config -display none -action "reboot=$reboot" \
         -serial "file:$console" -chardev "pipe,id=ctl,path=$work/ctl" -serial chardev:ctl \
@@ -525,14 +287,18 @@ start_qemu() {
 
 # After the guest's last word: QEMU ends by itself, or is killed.
 end_qemu() {
-    local status=0
+    local status=0 line
     # A guest that failed may not get as far as switching itself off.
-    if [[ $1 = kill || -z $verdict ]] || ! stop_within 20 "$qemu_pid"; then
-        [[ $1 = kill || -z $verdict ]] || wrong "QEMU is still there after the guest's end"
+    if [[ $1 = kill || $1 = crash || -z $verdict ]] || ! stop_within 20 "$qemu_pid"; then
+        [[ $1 = kill || $1 = crash || -z $verdict ]] || wrong "QEMU is still there after the guest's end"
         kill -KILL "$qemu_pid" 2>/dev/null || :
     fi
     { wait "$qemu_pid"; } 2>/dev/null || status=$?
     qemu_pid=
+    # What the guest had still to say.
+    while IFS= read -r -t 0.1 line <&4; do
+        [[ $line != FLUSHED* ]] || flushed=${line//[!0-9]/}
+    done
     exec 3>&- 4>&-
 
     if [[ $1 != all ]]; then
@@ -547,14 +313,19 @@ end_qemu() {
         tail -n 20 "$console" | sed 's/^/#   /'
     fi
     if [[ $1 = kill && $verdict = BUSY ]]; then
-        ok "QEMU was killed while the engine copied"
+        ok "QEMU was killed while the $device was busy"
+    elif [[ $1 = crash && $verdict = BUSY ]]; then
+        # What QEMU says about the loss of its device is its own affair.
+        ok "the device was killed while the guest wrote; round $flushed was flushed"
     elif [[ -s $qemu_log || $status -ne 0 ]]; then
         wrong "QEMU complained, or left with status $status"
         head -n 20 "$qemu_log" | sed 's/^/# qemu: /'
     else
         ok "QEMU left with status 0 and had nothing to say"
     fi
-    if grep -aE 'BUG:|WARNING:|Oops|nobody cared|Call Trace|DMAR:.*fault|AMD-Vi:.*(Event|timed out)' "$console"; then
+    local complaints='BUG:|WARNING:|Oops|nobody cared|Call Trace|DMAR:.*fault|AMD-Vi:.*(Event|timed out)'
+    [[ $1 = crash ]] || complaints+='|I/O error|nvme.*(timeout|Abort|abort|not ready|removing)|EXT4-fs (error|warning)'
+    if grep -aE "$complaints" "$console"; then
         wrong "the guest's kernel complained"
     else
         ok "the guest's kernel did not complain"
@@ -569,11 +340,11 @@ compare_left() {
     : >"$work/table"
     for ((tries = 0; tries < 50; tries++)); do
         running "$engine_pid" || break
-        [[ $mode = serial ]] || engine_table "$work/table" >/dev/null
+        [[ $device != engine ]] || engine_table "$work/table" >/dev/null
         [[ -s $work/table || $(descriptors) -gt $descriptors_before ]] || break
         sleep 0.1
     done
-    [[ $mode = serial ]] || compare_phase "after QEMU"
+    [[ $device != engine ]] || compare_phase "after QEMU"
     if [[ $(descriptors) -eq $descriptors_before ]]; then
         ok "the $device holds $descriptors_before descriptors, as before the guest"
     else
@@ -601,8 +372,14 @@ converse() {
         BOOT)
             [[ -z $started ]] || { wrong "the guest has restarted by itself"; return; }
             started=1
-            if [[ $1 = all ]]; then echo all >&3; else echo busy >&3; fi
+            case $mode-$1 in
+            nvme-all) echo "all $flushed $mixed_seconds" >&3 ;;
+            nvme-*) echo "busy $flushed" >&3 ;;
+            *-all) echo all >&3 ;;
+            *) echo busy >&3 ;;
+            esac
             ;;
+        'FLUSHED '*) flushed=${line#FLUSHED } ;;
         'PHASE '*)
             name=${line#PHASE }
             : >"$work/expect"
@@ -668,16 +445,46 @@ restart() {
     fi
 }
 
+# The device is killed somewhere in a round of writes. It is up to the next one to have what was flushed before.
+crash() {
+    sleep "0.$((RANDOM % 600 + 200))"
+    kill -KILL "$engine_pid" 2>/dev/null || :
+    # A guest that takes a command for done whose device is gone says so now; QEMU itself may abort.
+    { wait "$engine_pid"; sleep 0.5; } 2>/dev/null || :
+    engine_pid=
+    exec 5>&- 6>&-
+}
+
+# The file system is at the image's beginning.
+check_image() {
+    if ! command -v e2fsck >/dev/null; then
+        echo "# no e2fsck here to check the image"
+    elif e2fsck -fn "$work/disk" >"$work/e2fsck" 2>&1; then
+        ok "e2fsck finds no fault with the image"
+    else
+        wrong "e2fsck finds faults with the image"
+        sed 's/^/# e2fsck: /' "$work/e2fsck"
+    fi
+}
+
 # run_guest NAME, with the columns of its row in the variables of the same names.
 run_guest() {
     local step number=0 program=$engine device=engine start=$SECONDS held_before=$passed failed_before=$failed
     local console qemu_log
-    [[ $mode != serial ]] || { program=$serial; device='serial port'; }
+    case $mode in
+    serial) program=$serial device='serial port' ;;
+    nvme) program=$nvme device=disk ;;
+    esac
+    flushed=0
+    rm -f "$work/disk"
+    [[ $mode != nvme ]] || truncate -s "$disk_size" "$work/disk"
+    engine_log=$logs/$1.engine
+    : >"$engine_log"
     echo
     echo "== $1: $course"
     echo "# $version, Linux $kernel_version"
     echo "# IOMMU: ${iommu:-none}, kernel arguments: ${arguments:-none}, memory: $memory, $device: ${options:-no options}"
-    start_device "$1" || return 0
+    start_device || return 0
     qemu_pid=
     for step in $course; do
         if [[ -z $qemu_pid ]]; then
@@ -691,10 +498,16 @@ run_guest() {
             restart
             continue
         fi
+        [[ $step != crash || $verdict != BUSY ]] || crash
         end_qemu "$step"
-        compare_left
+        if [[ -z $engine_pid ]]; then
+            start_device || return 0
+        else
+            compare_left
+        fi
     done
     end_device
+    [[ $mode != nvme ]] || check_image
     echo "# $1: $((passed - held_before)) passed, $((failed - failed_before)) failed, $((SECONDS - start)) s"
 }
 
@@ -706,8 +519,8 @@ for name in "$@"; do
     grep -q "^$name *|" <<<"$guests" || usage
 done
 [[ $(uname -m) = x86_64 ]] || skip "the guests are x86_64, this machine is $(uname -m)"
-for program in "$engine" "$serial"; do
-    [[ -x $program ]] || { echo "check-qemu: $program is not built" >&2; exit 1; }
+for program in "$engine" "$serial" "$nvme"; do
+    [[ -x $program ]] || { echo "$script: $program is not built" >&2; exit 1; }
 done
 mkdir -p "$store" "$logs"
 store=$(cd "$store" && pwd)
@@ -716,7 +529,8 @@ work=$(mktemp -d /tmp/vfu-qemu.XXXXXX)
 
 find_qemu
 find_busybox
-compile_guest
+compile_guest guest
+compile_guest guest_nvme
 version=$("${qemu[@]}" --version | head -n 1)
 for name in "$@"; do
     IFS='|' read -r _ mode course memory options flavour iommu arguments <<<"$(grep "^$name *|" <<<"$guests" | sed 's/ *| */|/g')"
