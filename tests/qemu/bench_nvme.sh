@@ -85,9 +85,19 @@ end_device() {
     device_pid=
 }
 
-# measure SETUP DISK: one guest; appends `SETUP DISK NAME NUMBER` lines to $work/results.
+# The processor time of QEMU and the device so far, in hundredths of a second.
+processor_time() {
+    local pid total=0
+    for pid in "$qemu_pid" ${device_pid:+"$device_pid"}; do
+        total=$((total + $(sed 's/.*) //' "/proc/$pid/stat" | awk '{ print $12 + $13 }')))
+    done
+    echo "$total"
+}
+
+# measure SETUP DISK [OPTION...]: one guest, whose QEMU may have more options; appends `SETUP DISK NAME NUMBER TIME` lines to
+# $work/results, TIME being the microseconds of processor time for a command.
 measure() {
-    local line verdict='' iommu=() arguments='' disk=() log=$logs/bench-$1-$2
+    local line verdict='' before now iommu=() arguments='' disk=() log=$logs/bench-$1-$2
     case $1 in
     strict) arguments='intel_iommu=on iommu.strict=1' ;;
     lazy) arguments='intel_iommu=on iommu.strict=0' ;;
@@ -100,12 +110,13 @@ measure() {
         start_device "$log.device"
         disk=(-device "{\"driver\":\"vfio-user-pci\",\"bus\":\"root\",\"socket\":{\"type\":\"unix\",\"path\":\"$work/sock\"}}")
     else
+        # As QEMU has it by default: the image in the page cache, and a pool of threads for it.
         disk=(-drive "if=none,id=disk,format=raw,file=$work/disk" -device nvme,bus=root,drive=disk,serial=own)
     fi
     "${qemu[@]}" -machine q35,memory-backend=m -accel tcg -smp 2 -m 512M \
         -object memory-backend-memfd,id=m,size=512M,share=on -nodefaults -no-user-config -display none -action reboot=shutdown \
         -serial "file:$log.console" -chardev "pipe,id=ctl,path=$work/ctl" -serial chardev:ctl \
-        "${iommu[@]}" -device pcie-root-port,id=root,chassis=1 "${disk[@]}" -kernel "$kernel" -initrd "$initramfs" \
+        "${iommu[@]}" -device pcie-root-port,id=root,chassis=1 "${disk[@]}" -kernel "$kernel" -initrd "$initramfs" "${@:3}" \
         -append "console=ttyS0 loglevel=5 panic=-1 no_timer_check mitigations=off vfu.mode=nvme $arguments" \
         >"$log.qemu" 2>&1 3>&- 4>&- &
     qemu_pid=$!
@@ -113,8 +124,16 @@ measure() {
         IFS= read -r -t $((boot_seconds + 10 * seconds)) line <&4 || fail "the guest is silent, see $log.console"
         line=${line%$'\r'}
         case $line in
-        BOOT) echo "bench $seconds" >&3 ;;
-        'RESULT '*) echo "$1 $2 ${line#RESULT }" >>"$work/results" ;;
+        BOOT)
+            before=$(processor_time)
+            echo "bench $seconds" >&3
+            ;;
+        'RESULT '*)
+            now=$(processor_time)
+            echo "$1 $2 ${line#RESULT } $((now - before)) $seconds" |
+                awk '{ print $1, $2, $3, $4, $5 * 1e4 / ($4 * $6 + 1) }' >>"$work/results"
+            before=$now
+            ;;
         'FAIL '* | 'GUEST FAIL'*) fail "$line, see $log.console" ;;
         'GUEST PASS '*) verdict=$line ;;
         esac
@@ -125,7 +144,7 @@ measure() {
     [[ -z $device_pid ]] || end_device "$log.device"
 }
 
-# The table of medians, with the least and the greatest. A ratio is taken within each round first.
+# The tables of medians, with the least and the greatest. A ratio is taken within each round first.
 report() {
     awk '
         function median(list, n,   i, k, x) {
@@ -137,44 +156,95 @@ report() {
             least = list[1]; most = list[n]
             return n % 2 ? list[(n + 1) / 2] : (list[n / 2] + list[n / 2 + 1]) / 2
         }
-        function figure(key, scale, format,   i, list, text) {
-            for (i = 1; i <= count[key]; i++) list[i] = value[key, i] / scale
-            text = sprintf(format, median(list, count[key]))
-            return text sprintf(" (" format " to " format ")", least, most)
+        function figure(of, key, scale, format,   i, list, middle) {
+            for (i = 1; i <= count[key]; i++) list[i] = value[of, key, i] * scale
+            middle = median(list, count[key])
+            return sprintf(format " (" format " to " format ")", middle, least, most)
+        }
+        function ratio(of, row,   i, list, n, middle) {
+            n = count[row " vfu"]
+            for (i = 1; i <= n; i++) list[i] = value[of, row " vfu", i] / (value[of, row " qemu", i] + 1e-9)
+            middle = median(list, n)
+            return sprintf("%.2f (%.2f to %.2f)", middle, least, most)
+        }
+        function each(row,   i, list, n) { # microseconds from one command to the next
+            n = count[row]
+            for (i = 1; i <= n; i++) list[i] = 1e6 / value["speed", row, i]
+            return median(list, n)
         }
         {
             row = $1 " " $3
             if (!(row in seen)) { seen[row] = 1; order[++rows] = row }
             key = row " " $2
-            value[key, ++count[key]] = $4
+            value["speed", key, ++count[key]] = $4
+            value["time", key, count[key]] = $5
         }
         END {
-            printf "%-7s %-13s %-5s %-27s %-27s %s\n", "IOMMU", "random", "", "QEMU", "vfu", "vfu / QEMU"
+            format = "%-7s %-13s %-5s %-25s %-25s %s\n"
+            printf format, "IOMMU", "random", "", "QEMU", "vfu", "vfu / QEMU"
             for (r = 1; r <= rows; r++) {
                 split(order[r], word, " ")
                 large = word[2] ~ /-64k-/
-                n = count[order[r] " vfu"]
-                for (i = 1; i <= n; i++) ratio[i] = value[order[r] " vfu", i] / value[order[r] " qemu", i]
-                # In commands of 64 KiB
-                scale = large ? 1e6 / 65536 : 1
-                own = figure(order[r] " qemu", scale, "%.0f"); ours = figure(order[r] " vfu", scale, "%.0f")
-                m = median(ratio, n)
-                printf "%-7s %-13s %-5s %-27s %-27s %.2f (%.2f to %.2f)\n", word[1], word[2], large ? "MB/s" : "IOPS", own, ours,
-                    m, least, most
-                for (i = 1; i <= n; i++) q[i] = value[order[r] " qemu", i]
-                for (i = 1; i <= n; i++) v[i] = value[order[r] " vfu", i]
-                time[order[r], "qemu"] = 1e6 / median(q, n); time[order[r], "vfu"] = 1e6 / median(v, n)
+                scale = large ? 65536 / 1e6 : 1
+                printf format, word[1], word[2], large ? "MB/s" : "IOPS", figure("speed", order[r] " qemu", scale, "%.0f"),
+                    figure("speed", order[r] " vfu", scale, "%.0f"), ratio("speed", order[r])
             }
-            # What a strict IOMMU adds to each command; QEMU itself has to do no more for it than to translate anew.
+            print "\nProcessor time of a command, all of QEMU with the guest, and the device:"
+            for (r = 1; r <= rows; r++) {
+                split(order[r], word, " ")
+                printf format, word[1], word[2], "us", figure("time", order[r] " qemu", 1, "%.1f"),
+                    figure("time", order[r] " vfu", 1, "%.1f"), ratio("time", order[r])
+            }
+            # A strict IOMMU has its price on either disk; what the guest maps is a message to ours.
             for (r = 1; r <= rows; r++) {
                 split(order[r], word, " ")
                 base = "none " word[2]
-                if (word[1] != "strict" || word[2] !~ /^read-4k-/ || !(base in seen)) continue
-                own = time[order[r], "qemu"] - time[base, "qemu"]; ours = time[order[r], "vfu"] - time[base, "vfu"]
-                printf "strict adds to a command of %s: %.0f us with QEMU, %.0f us with vfu: %.0f us for DMA_MAP and DMA_UNMAP\n",
-                    word[2], own, ours, ours - own
+                if (word[1] != "strict" || !(base in seen)) continue
+                if (!told++) print "\nWhat a strict IOMMU adds to a command:"
+                own = each(order[r] " qemu") - each(base " qemu"); ours = each(order[r] " vfu") - each(base " vfu")
+                printf "%-7s %-13s %-5s %-25.0f %-25.0f %.0f more\n", word[1], word[2], "us", own, ours, ours - own
             }
         }' "$work/results"
+}
+
+# The round trips as QEMU sees them, from its own trace of one more guest; slower than without a trace. A round trip counts from
+# the end of its sendmsg() to the arrival of the reply, and in a row to the end of the next sendmsg().
+report_trace() {
+    : >"$work/results"
+    measure strict vfu -trace vfio_user_send_write -trace vfio_user_recv_hdr -D "$work/trace" -msg timestamp=on
+    awk '
+        # Shell sort: there are many.
+        function print_median(name, list, n,   i, gap, k, x) {
+            for (gap = int(n / 2); gap > 0; gap = int(gap / 2))
+                for (i = gap + 1; i <= n; i++) {
+                    x = list[i]
+                    for (k = i - gap; k >= 1 && list[k] > x; k -= gap) list[k + gap] = list[k]
+                    list[k + gap] = x
+                }
+            printf "  %-20s %6d us   (9 of 10 within %d us), %d of them\n", name, list[int((n + 1) / 2)],
+                list[int((9 * n + 9) / 10)], n
+        }
+        {
+            split($1, clock, /[:T.Z]/)
+            at = ((clock[2] * 60 + clock[3]) * 60 + clock[4]) * 1000000 + clock[5]
+        }
+        $2 == "vfio_user_send_write" {
+            sent[$4] = at
+            if (answered && at - answered < 100) rows[++row_count] = at - before
+            answered = 0
+        }
+        $2 == "vfio_user_recv_hdr" && ($7 == "0x2" || $7 == "0x3") && $5 in sent {
+            if ($7 == "0x2") maps[++map_count] = at - sent[$5]
+            else unmaps[++unmap_count] = at - sent[$5]
+            before = sent[$5]; answered = at
+            delete sent[$5]
+        }
+        END {
+            print "As QEMU waits for them while the guest works:"
+            print_median("DMA_MAP", maps, map_count)
+            print_median("DMA_UNMAP", unmaps, unmap_count)
+            print_median("each in a row", rows, row_count)
+        }' "$work/trace"
 }
 
 [[ $(uname -m) = x86_64 ]] || skip "the guests are x86_64, this machine is $(uname -m)"
@@ -214,4 +284,5 @@ for setup in "${setups[@]}"; do
     start_device "$logs/bench-round-trip.device"
     "$round_trip" "$work/sock" || fail "the round trips could not be measured"
     end_device "$logs/bench-round-trip.device"
+    report_trace
 done
