@@ -20,7 +20,7 @@
 
 enum {
     ROUNDS = 9,
-    PAIRS = 4000, /* a DMA_MAP and a DMA_UNMAP each */
+    PAIRS = 4000,  /* a DMA_MAP and a DMA_UNMAP each */
     MAPPINGS = 64, /* that stay, as a guest's other buffers do */
     PAGE = 4096,
     HEADER = 16,
@@ -128,9 +128,7 @@ static int start_floor(void)
         fail("no socket");
     }
     switch (fork()) {
-    case -1:
-        fail("no process");
-        break;
+    case -1: fail("no process"); break;
     case 0: {
         uint8_t bytes[256];
         size_t len;
@@ -154,8 +152,7 @@ static int start_floor(void)
         }
         _exit(0);
     }
-    default:
-        break;
+    default: break;
     }
     close(pair[1]);
     return pair[0];

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 # shellcheck shell=bash disable=SC2154
 #
-# For run.sh and bench_nvme.sh, which source it: QEMU, a kernel, a busybox, the guest programs and the guest's file system. They set
-# `script`, their name, `here`, this directory, `work`, a directory that ends with them, and `store`, where what was fetched stays.
+# For run.sh and bench_nvme.sh, which source it: QEMU, a kernel, a busybox, the guest programs and the guest's file system. They
+# set `script`, their name, `here`, this directory, `work`, a directory that ends with them, and `store`, where what was fetched
+# stays.
 
 # For what is missing on this machine, not wrong in this project.
 skip() {

@@ -1,15 +1,15 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * The program that check-qemu and bench-nvme run inside a guest that has an NVMe disk: the kernel's own driver must have bound it,
- * and everything goes through that driver and its block device.
+ * The program that check-qemu and bench-nvme run inside a guest that has an NVMe disk: the kernel's own driver must have bound
+ * it, and everything goes through that driver and its block device.
  *
  * The disk's first 64 MiB hold a file system. What lies behind is written in sectors that each say which sector they are and how
  * often it was written (stamp_sector), so that a sector that is lost, old, torn or in the wrong place is noticed.
  *
  * The lines that it says are those of guest.c, and these:
  *
- *     BOOT                    the host answers `all N S` or `busy N`, N is the last round that was flushed (0: none yet), S are the
- *                             seconds that the mixed I/O lasts; or `bench S`
+ *     BOOT                    the host answers `all N S` or `busy N`, N is the last round that was flushed (0: none yet), S are
+ *                             the seconds that the mixed I/O lasts; or `bench S`
  *     FLUSHED N               round N has been written and flushed: from now on no crash may lose it
  *     BUSY                    such rounds go on until the host answers, or kills the device or QEMU
  *     RESULT NAME NUMBER      bench: commands per second, or bytes per second for a NAME in -bytes
@@ -530,8 +530,8 @@ static void open_disk(void) {
     size = lseek(disk, 0, SEEK_END);
     need(ioctl(disk, BLKSSZGET, &logical) == 0, "the disk's block size");
     block_size = (uint32_t)logical;
-    if (!check(size >= (off_t)DISK_SIZE && (block_size == 512 || block_size == 4096), "%s has %lld bytes in blocks of %u", disk_path,
-               (long long)size, block_size))
+    if (!check(size >= (off_t)DISK_SIZE && (block_size == 512 || block_size == 4096), "%s has %lld bytes in blocks of %u",
+               disk_path, (long long)size, block_size))
         finish();
     /* A command each, as the checks have them. */
     sysfs_write(queue_path, "nomerges", "2");
@@ -553,8 +553,8 @@ static void identify(void) {
     sysfs_read(controller_path, "firmware_rev", firmware, sizeof firmware);
     sysfs_read(controller_path, "state", state, sizeof state);
     sysfs_read(queue_path, "write_cache", cache, sizeof cache);
-    check(strcmp(state, "live") == 0 && model[0] != '\0', "controller \"%s\", serial \"%s\", firmware \"%s\" is %s", model, serial,
-          firmware, state);
+    check(strcmp(state, "live") == 0 && model[0] != '\0', "controller \"%s\", serial \"%s\", firmware \"%s\" is %s", model,
+          serial, firmware, state);
     check(queues == WORKERS, "%u queue pairs for I/O", queues);
     check(strcmp(cache, "write back") == 0, "the write cache is reported: %s", cache);
     largest = sysfs_number(queue_path, "max_hw_sectors_kb");

@@ -6,7 +6,7 @@
 # some against BUILD_DIR/examples/nvme, whose disk they use through the guest's driver.
 #
 #     tests/qemu/run.sh BUILD_DIR [GUEST...]
-#     tests/qemu/run.sh --long BUILD_DIR [GUEST...]     disks under mixed I/O for ten minutes: without an IOMMU, and with a strict one
+#     tests/qemu/run.sh --long BUILD_DIR [GUEST...]     ten minutes of mixed I/O on a disk: without an IOMMU, with a strict one
 #
 # Needs a QEMU with vfio-user-pci, a Linux kernel with VFIO modules, a static busybox and a C compiler that links statically. What
 # the machine lacks is fetched on Debian from Debian's archive, with the mirror, the proxy and the keys that the machine's own apt
@@ -20,11 +20,11 @@
 set -eu
 export LC_ALL=C
 
-# The guests: name | mode of guest.c, or nvme for guest_nvme.c | course | memory backend | options of the program | Debian's kernel |
-# QEMU's IOMMU | kernel arguments. The course has a word for each start of the guest's kernel:
+# The guests: name | mode of guest.c, or nvme for guest_nvme.c | course | memory backend | options of the program | Debian's
+# kernel | QEMU's IOMMU | kernel arguments. The course has a word for each start of the guest's kernel:
 #     all        it checks everything and switches itself off
-#     kill       QEMU is killed while the engine copies in the guest's memory, or the guest writes to the disk; the next QEMU finds
-#                the same device
+#     kill       QEMU is killed while the engine copies in the guest's memory, or the guest writes to the disk; the next QEMU
+#                finds the same device
 #     crash      the device is killed while the guest writes to the disk; the next QEMU finds a new device, and what was flushed
 #     restart    the guest restarts while the engine copies, without unmapping anything; QEMU goes on. QEMU's IOMMUs for Intel and
 #                virtio reset the device before they unmap, which --verbose lets the engine's log tell; the others unmap first.
