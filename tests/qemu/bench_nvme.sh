@@ -7,8 +7,8 @@
 #
 # A SETUP is `none`, without an IOMMU in the guest, `strict` or `lazy`, with intel-iommu. Each round starts the guest once for
 # each disk, with the page cache warm, and measures for N seconds (2) each kind of I/O. What is printed of N rounds (5) is the
-# median, and the least and the greatest. With `strict` it also prints what the two round trips take that each command then costs. The
-# environment is that of run.sh.
+# median, and the least and the greatest. With `strict` it also prints what the two round trips take that each command then
+# costs. The environment is that of run.sh.
 #
 # Exit status: 0, 1 when something failed, 2 for wrong arguments, 77 when a QEMU or kernel is not to be had here.
 set -eu
