@@ -1153,9 +1153,9 @@ VFU_API uint16_t vfu_pci_extended_capability(const vfu_pci *pci, uint16_t id);
  * All functions, and all callbacks, belong to the thread that polls, but for vfu_dev_raise, vfu_dev_complete, vfu_dev_iommu
  * with readers of it, and vfu_dev_stop.
  *
- * Requests are answered in the order in which they came. A callback that can't answer at once takes a ticket, returns
- * VFU_PENDING, and some thread completes the ticket later; until then, the client's further commands wait. DMA goes on
- * meanwhile.
+ * Requests are answered in the order in which they came, those that came together with one system call. A callback that can't
+ * answer at once takes a ticket, returns VFU_PENDING, and some thread completes the ticket later; until then, the client's
+ * further commands wait. DMA goes on meanwhile.
  */
 
 typedef struct vfu_dev vfu_dev;
@@ -1323,7 +1323,8 @@ VFU_API int vfu_dev_poll(vfu_dev *dev);
 VFU_API unsigned vfu_dev_fds(vfu_dev *dev, vfu_pollfd fds[VFU_DEV_FDS]);
 VFU_API int vfu_dev_timeout(vfu_dev *dev);
 
-/* Makes run return, and ends the wait of a loop of the caller's own. Any thread, and signal handlers. */
+/* Makes run return, within a few milliseconds, and ends the wait of a loop of the caller's own. Any thread, and signal
+ * handlers. */
 VFU_API void vfu_dev_stop(vfu_dev *dev);
 
 /* Asks for the work callback. */
@@ -3873,6 +3874,7 @@ typedef struct vfux_batch {
  */
 struct vfu_conn {
     int fd;
+    bool may_wait; /* vfux_conn_receive_soon works */
     vfu_io io;
     vfu_alloc alloc;
     uint32_t max_msg, max_fds;
@@ -3890,7 +3892,8 @@ struct vfu_conn {
     unsigned tx_batch_count;
 };
 
-static int64_t vfux_socket_receive(void *ctx, void *buf, size_t len, int *fds, unsigned *fd_count)
+/* recvmsg() with these flags. An interrupted one that may wait says -EINTR, any other is made again. */
+static int64_t vfux_socket_recvmsg(int fd, int flags, void *buf, size_t len, int *fds, unsigned *fd_count)
 {
     union {
         struct cmsghdr align;
@@ -3901,8 +3904,8 @@ static int64_t vfux_socket_receive(void *ctx, void *buf, size_t len, int *fds, u
     ssize_t n;
     *fd_count = 0;
     do
-        n = recvmsg((int)(intptr_t)ctx, &msg, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
-    while (n < 0 && errno == EINTR);
+        n = recvmsg(fd, &msg, flags | MSG_CMSG_CLOEXEC);
+    while (n < 0 && errno == EINTR && flags & MSG_DONTWAIT);
     if (n < 0)
         return errno == EWOULDBLOCK ? -EAGAIN : -errno;
     /* By hand: musl's CMSG_NXTHDR does not compile without a warning. */
@@ -3920,6 +3923,11 @@ static int64_t vfux_socket_receive(void *ctx, void *buf, size_t len, int *fds, u
         at += step;
     }
     return msg.msg_flags & MSG_CTRUNC ? -EBADMSG : n;
+}
+
+static int64_t vfux_socket_receive(void *ctx, void *buf, size_t len, int *fds, unsigned *fd_count)
+{
+    return vfux_socket_recvmsg((int)(intptr_t)ctx, MSG_DONTWAIT, buf, len, fds, fd_count);
 }
 
 static int64_t vfux_socket_send(void *ctx, const vfu_slice *slices, unsigned count, const int *fds, unsigned fd_count)
@@ -4071,13 +4079,16 @@ static bool vfux_conn_has_room(vfu_conn *conn)
     return conn->rx_end < conn->capacity && conn->rx_batch_count < VFUX_BATCHES;
 }
 
-VFU_API int vfu_conn_receive(vfu_conn *conn)
+static int vfux_conn_receive(vfu_conn *conn, bool wait)
 {
     int fds[VFU_FDS_RECEIVABLE];
     unsigned fd_count = 0;
     if (!vfux_conn_has_room(conn))
         return -ENOBUFS;
-    int64_t n = conn->io.receive(conn->io.ctx, conn->rx + conn->rx_end, conn->capacity - conn->rx_end, fds, &fd_count);
+    uint8_t *to = conn->rx + conn->rx_end;
+    size_t room = conn->capacity - conn->rx_end;
+    int64_t n = wait ? vfux_socket_recvmsg(conn->fd, 0, to, room, fds, &fd_count)
+                     : conn->io.receive(conn->io.ctx, to, room, fds, &fd_count);
     if (n <= 0) {
         vfux_close_all(fds, fd_count);
         return n ? (int)n : -EPIPE;
@@ -4088,6 +4099,23 @@ VFU_API int vfu_conn_receive(vfu_conn *conn)
         vfux_conn_keep(conn, conn->rx_at + last, fds, fd_count);
     return (int)n;
 }
+
+VFU_API int vfu_conn_receive(vfu_conn *conn) { return vfux_conn_receive(conn, false); }
+
+/* Lets vfux_conn_receive_soon wait for so long. Everything else still waits for nothing, whatever the socket's flags are. */
+static void vfux_conn_let_wait(vfu_conn *conn, unsigned ms)
+{
+    struct timeval limit = {.tv_usec = (suseconds_t)ms * 1000};
+    int flags = fcntl(conn->fd, F_GETFL);
+    conn->may_wait = flags >= 0 && setsockopt(conn->fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof(limit)) == 0 &&
+                     fcntl(conn->fd, F_SETFL, flags & ~O_NONBLOCK) == 0;
+}
+
+/* Like vfu_conn_receive, but waits a moment if nothing is there yet; -EAGAIN and -EINTR: nothing has come. */
+static int vfux_conn_receive_soon(vfu_conn *conn) { return conn->may_wait ? vfux_conn_receive(conn, true) : -EAGAIN; }
+
+/* Is a whole message in the buffer? */
+static bool vfux_conn_has_next(const vfu_conn *conn) { return conn->rx_start < conn->rx_scanned; }
 
 /* The message at offset `at` of the buffer, with its descriptors. 1; 0: it is not complete; -EBADMSG. */
 static int vfux_conn_take(vfu_conn *conn, vfu_frame *frame, size_t at)
@@ -4735,6 +4763,8 @@ enum {
     VFUX_EXTRA_REGIONS = 64,
     VFUX_MIG_STATES = 8,
     VFUX_GREETING_MS = 10000,
+    VFUX_SOON_MS = 2,    /* how long run waits for the next request in recvmsg() */
+    VFUX_REPLIES = 4096, /* bytes of replies that are held back */
     VFUX_ACCEPT_MS = 100,
     VFUX_PAGE = 4096 /* granule of mappings: the pgsizes that VERSION says */
 };
@@ -4835,8 +4865,13 @@ struct vfu_dev {
     vfux_wait *waits;                     /* not yet taken by the thread that polls */
     uint64_t revoked_first, revoked_last; /* being unmapped: nobody may wait for it any more; nothing if first > last */
 
-    vfu_conn *conn; /* NULL: no client */
-    vfu_conn *twin; /* for DMA messages; NULL: they go over conn */
+    vfu_conn *conn;                /* NULL: no client */
+    vfu_conn *twin;                /* for DMA messages; NULL: they go over conn */
+    int received;                  /* what vfu_conn_receive has said of conn before poll is called; 0: it was not called */
+    bool asked;                    /* another thread has waited for memory of this client that only messages reach */
+    bool hold;                     /* the next request has come already: small replies wait for its own */
+    uint8_t replies[VFUX_REPLIES]; /* held back, and the head of the one that is sent with them */
+    size_t reply_len;
     vfu_frame frame;
     bool greeted;
     uint64_t greeting_until;
@@ -5324,11 +5359,16 @@ static vfux_slot *vfux_slot_find_free(vfu_dev *dev)
     return NULL;
 }
 
+static int vfux_replies_flush(vfu_dev *dev);
+
 /* Sends the message that slot describes. 0, or what vfu_conn_send says. */
 static int vfux_slot_send(vfu_dev *dev, vfux_slot *slot)
 {
     uint8_t bytes[VFU_MSG_HEAD_MAX];
     vfu_msg msg;
+    int err = vfux_replies_flush(dev); /* in the order in which the device did it */
+    if (err && err != -EAGAIN)
+        return err;
     /* The slot's number, and a sequence that tells a late reply from the one that is expected. */
     slot->id = (uint16_t)((unsigned)(slot - dev->slots) | (unsigned)(dev->dma_sequence++ * VFUX_DMA_SLOTS));
     slot->layout = dev->layout;
@@ -5663,6 +5703,7 @@ VFU_API int vfu_dev_dma(vfu_dev *dev, vfu_dma *dma)
 
 static void vfux_wait_start(vfu_dev *dev, vfux_wait *wait)
 {
+    dev->asked = true;
     int result = vfu_dev_dma(dev, &wait->dma);
     if (result <= 0)
         vfux_wait_done(&wait->dma, result);
@@ -5678,6 +5719,41 @@ VFU_API void vfu_dev_dma_cancel(vfu_dev *dev, vfu_dma *dma)
 
 /* What a request is handled with. Returns 0, VFU_PENDING, or the negative errno of the error reply. */
 typedef int vfux_handler(vfu_dev *dev, const vfu_msg *request, vfux_answer *answer);
+
+/* Sends the replies that were held back. 0, or what vfu_conn_send says. */
+static int vfux_replies_flush(vfu_dev *dev)
+{
+    size_t len = dev->reply_len;
+    dev->reply_len = 0;
+    return len ? vfu_conn_send(dev->conn, dev->replies, len, NULL, 0, NULL, 0) : 0;
+}
+
+/* Sends a reply, with those that were held back. While dev->hold is set, a small one is held back itself: requests that came
+ * together are answered together, which saves most of the system calls. 0, or what vfu_conn_send says. */
+static int vfux_reply_send(vfu_dev *dev, const vfu_msg *msg, const int *fds, unsigned fd_count)
+{
+    enum { HEAD_MAX = VFU_HDR_SIZE + sizeof(vfu_wire_version) + VFU_CAPS_WRITE_MAX };
+    size_t data_len, room = sizeof(dev->replies) - dev->reply_len;
+    const void *data = vfux_msg_tail(msg, &data_len);
+    if (fd_count || room < HEAD_MAX) { /* descriptors go with the first byte that is sent: it has to be this reply's */
+        int err = vfux_replies_flush(dev);
+        if (err)
+            return err;
+        room = sizeof(dev->replies);
+    }
+    int head_len = vfu_msg_encode_head(msg, dev->replies + dev->reply_len, room);
+    if (head_len < 0)
+        return head_len;
+    size_t len = dev->reply_len + (size_t)head_len;
+    if (dev->hold && !fd_count && data_len <= sizeof(dev->replies) - len) {
+        if (data_len)
+            memcpy(dev->replies + len, data, data_len);
+        dev->reply_len = len + data_len;
+        return 0;
+    }
+    dev->reply_len = 0;
+    return vfu_conn_send(dev->conn, dev->replies, len, data, data_len, fds, fd_count);
+}
 
 /* ---- VERSION ------------------------------------------------------------------------------------------------------------ */
 
@@ -6469,10 +6545,14 @@ VFU_API int vfu_dev_complete(vfu_dev *dev, uint64_t ticket, int result, const vo
     return err;
 }
 
+static bool vfux_is_pending(vfu_dev *dev) { return dev->pending.ticket != 0; /* only the thread that polls sets and clears it */ }
+
 /* After a request was handled: keeps it if its answer comes later, else its ticket, if it took one, is void. */
 static bool vfux_pending_keep(vfu_dev *dev, const vfu_msg *request, const vfux_answer *answer, int err)
 {
     vfux_pending *pending = &dev->pending;
+    if (err != VFU_PENDING && !vfux_is_pending(dev))
+        return false;
     pthread_mutex_lock(&dev->lock);
     bool keep = err == VFU_PENDING && pending->ticket;
     VFU_ASSERT(err != VFU_PENDING || keep); /* a callback that returns VFU_PENDING has taken a ticket */
@@ -6485,8 +6565,6 @@ static bool vfux_pending_keep(vfu_dev *dev, const vfu_msg *request, const vfux_a
     pthread_mutex_unlock(&dev->lock);
     return keep;
 }
-
-static bool vfux_is_pending(vfu_dev *dev) { return dev->pending.ticket != 0; /* only the thread that polls sets and clears it */ }
 
 static void vfux_pending_drop(vfu_dev *dev)
 {
@@ -6590,6 +6668,9 @@ static int vfux_send_long_info(vfu_dev *dev, const vfu_msg *reply)
     uint8_t bytes[VFU_HDR_SIZE + sizeof(vfu_wire_device_info) + 4] = {0};
     vfu_wire_header header;
     vfu_wire_device_info info;
+    int err = vfux_replies_flush(dev);
+    if (err)
+        return err;
     if (vfu_msg_encode(reply, bytes, sizeof(bytes)) < 0)
         return -EINVAL;
     memcpy(&header, bytes, sizeof(header));
@@ -6614,7 +6695,7 @@ static int vfux_dev_answer(vfu_dev *dev, const vfu_msg *request, vfux_answer *an
         !err && request->cmd == VFU_CMD_DEVICE_GET_INFO && dev->frame.len >= VFU_HDR_SIZE + sizeof(vfu_wire_device_info) + 4;
     if (vfu_msg_wants_reply(request))
         sent = long_info ? vfux_send_long_info(dev, &answer->msg)
-                         : vfux_conn_send_msg(dev->conn, &answer->msg, answer->fds, answer->fd_count);
+                         : vfux_reply_send(dev, &answer->msg, answer->fds, answer->fd_count);
     vfux_close(&twin_fd);
     return sent;
 }
@@ -6706,7 +6787,9 @@ static void vfux_dev_drop_client(vfu_dev *dev)
     vfu_conn_destroy(dev->conn);
     vfu_conn_destroy(dev->twin);
     dev->conn = dev->twin = NULL;
-    dev->greeted = dev->work_wanted = dev->more = false;
+    dev->received = 0;
+    dev->reply_len = 0;
+    dev->greeted = dev->work_wanted = dev->more = dev->asked = false;
     dev->mig_state = VFU_MIG_STATE_RUNNING;
 }
 
@@ -6715,6 +6798,8 @@ static int vfux_dev_take_client(vfu_dev *dev, int fd)
 {
     vfu_conn_desc desc = {.fd = fd, .max_msg = dev->desc.max_data_xfer_size + VFUX_PAGE, .alloc = dev->desc.alloc};
     int err = vfu_conn_create(&dev->conn, &desc);
+    if (!err)
+        vfux_conn_let_wait(dev->conn, VFUX_SOON_MS);
     dev->greeting_until = vfux_now_ms() + dev->desc.greeting_ms;
     dev->layout = dev->desc.dma_layout;
     dev->warnings = 0;
@@ -6743,9 +6828,14 @@ static int vfux_dev_receive(vfu_dev *dev, vfu_conn *conn)
     int err = vfu_conn_flush(conn);
     if (err && err != -EAGAIN)
         return err;
-    int received = vfu_conn_receive(conn);
+    int received = conn == dev->conn ? dev->received : 0;
+    if (received)
+        dev->received = 0;
+    else
+        received = vfu_conn_receive(conn);
     bool more = false;
-    for (unsigned handled = 0; !vfu_conn_is_waiting(conn); handled++) {
+    err = 0;
+    for (unsigned handled = 0; !err && !vfu_conn_is_waiting(conn); handled++) {
         if (handled == VFUX_BUDGET) {
             more = true;
             break;
@@ -6753,10 +6843,13 @@ static int vfux_dev_receive(vfu_dev *dev, vfu_conn *conn)
         int got = vfux_is_pending(dev) ? vfux_conn_next_reply(conn, &dev->frame) : vfu_conn_next(conn, &dev->frame);
         if (got == 0)
             break;
+        dev->hold = conn == dev->conn && vfux_conn_has_next(conn);
         err = got < 0 ? got : vfux_dev_message(dev, conn);
-        if (err)
-            return err;
     }
+    dev->hold = false;
+    int flushed = vfux_replies_flush(dev); /* also those before a message that breaks the protocol */
+    if (err || flushed)
+        return err ? err : flushed;
     dev->more = dev->more || more;
     return received < 0 && received != -EAGAIN && received != -ENOBUFS && !more ? received : 0;
 }
@@ -6855,7 +6948,22 @@ static uint64_t vfux_now_us(void)
     return (uint64_t)now.tv_sec * 1000000 + (uint64_t)now.tv_nsec / 1000;
 }
 
-/* Waits for something to do: looks for busy_us again and again, then sleeps. Negative: poll() failed. */
+/* Receives for the vfu_dev_poll that follows. Has anything come, or is the connection over? */
+static bool vfux_dev_receive_next(vfu_dev *dev, int (*receive)(vfu_conn *conn))
+{
+    int n = receive(dev->conn);
+    dev->received = n == -EAGAIN || n == -EINTR ? 0 : n;
+    return dev->received != 0;
+}
+
+/*
+ * Waits for something to do: looks for busy_us again and again, then sleeps. Negative: poll() failed.
+ *
+ * Mostly it is the next request that ends the wait, so recvmsg() itself waits for it: two system calls for each request, this and
+ * sendmsg(), instead of three. But no other thread can end a recvmsg(). So it waits only where such a thread has nothing to say
+ * but vfu_dev_stop, and only for a moment, after which poll() takes over: a busy client never lets it come to that, and without one
+ * the device sleeps as long as nothing happens.
+ */
 static int vfux_dev_sleep(vfu_dev *dev)
 {
     vfu_pollfd wanted[VFU_DEV_FDS];
@@ -6864,12 +6972,18 @@ static int vfux_dev_sleep(vfu_dev *dev)
     int timeout = vfu_dev_timeout(dev), ready = 0;
     for (unsigned i = 0; i < count; i++)
         fds[i] = (struct pollfd){.fd = wanted[i].fd, .events = wanted[i].events};
+    bool for_request = dev->conn && count == 2 && fds[1].events == POLLIN && timeout < 0 && !vfux_is_pending(dev) && !dev->asked;
     uint64_t busy_us = timeout < 0 ? dev->desc.busy_us : vfux_min(dev->desc.busy_us, (uint64_t)timeout * 1000);
     uint64_t began = busy_us ? vfux_now_us() : 0, spent = 0;
     while (spent < busy_us && !ready) {
-        ready = poll(fds, count, 0);
+        if (for_request)
+            ready = vfux_dev_receive_next(dev, vfu_conn_receive) || atomic_load(&dev->woken);
+        else
+            ready = poll(fds, count, 0);
         spent = vfux_now_us() - began;
     }
+    if (!ready && for_request && !atomic_load(&dev->woken))
+        ready = vfux_dev_receive_next(dev, vfux_conn_receive_soon);
     if (!ready)
         ready = poll(fds, count, timeout < 0 ? -1 : timeout - (int)vfux_min(spent / 1000, (uint64_t)timeout));
     return ready < 0 && errno != EINTR ? -errno : 0;

@@ -401,6 +401,76 @@ START_TEST(replies_in_order)
 }
 END_TEST
 
+/* A connection whose other end sees what each sendmsg() sent: a record. Receives one: its length; 0: there is none. */
+static size_t receive_record(int sock, uint8_t *bytes, size_t size, unsigned *fd_count)
+{
+    peer p = {.sock = sock};
+    int64_t n = peer_read(&p, size);
+    if (n > 0)
+        memcpy(bytes, p.bytes, (size_t)n);
+    *fd_count = p.fd_count;
+    p.sock = -1;
+    peer_close(&p);
+    return n > 0 ? (size_t)n : 0;
+}
+
+/* Sends 20 mixed requests, one whose reply has a descriptor, 20 mixed, one with a long reply, and 5 mixed. Receives all replies. */
+static size_t ask_much(bool together, uint8_t *replies, size_t size, size_t *records, unsigned *fds_at)
+{
+    static uint8_t bytes[60 * 80];
+    vfu_wire_region_info info = {.argsz = 256, .index = 2};
+    vfu_wire_region_access read = {.region = 2, .count = 8000};
+    int pair[2];
+    uint32_t len = 0;
+    size_t got = 0, n;
+    unsigned fd_count;
+    vfu_dev_desc desc = rig_desc(&R);
+    rig_create(&R, &desc);
+    must(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair));
+    ck_assert_int_eq(vfu_dev_attach(R.dev, pair[0]), 0);
+    must(send(pair[1], bytes, put(bytes, 0, VFU_CMD_VERSION, 0, "\0\0\0\0", 4), 0));
+    settle(R.dev);
+    ck_assert_uint_gt(receive_record(pair[1], replies, size, &fd_count), 0);
+    for (unsigned i = 0; i < 47; i++) {
+        if (i == 20)
+            len += put(bytes + len, (uint16_t)i, VFU_CMD_DEVICE_GET_REGION_INFO, 0, &info, sizeof(info));
+        else if (i == 41)
+            len += put(bytes + len, (uint16_t)i, VFU_CMD_REGION_READ, 0, &read, sizeof(read));
+        else
+            len += put_mixed(bytes + len, i, (uint16_t)i, 0);
+        if (together && i < 46)
+            continue;
+        must(send(pair[1], bytes, len, 0));
+        len = 0;
+        ck_assert_int_eq(vfu_dev_poll(R.dev), 0);
+        for (; (n = receive_record(pair[1], replies + got, size - got, &fd_count)) != 0; got += n) {
+            if (fd_count)
+                *fds_at = header_of(replies + got).id;
+            ++*records;
+        }
+    }
+    close(pair[1]);
+    rig_destroy(&R);
+    return got;
+}
+
+/* Requests that come together are answered together, with the same bytes as if they came one by one. */
+START_TEST(answered_together)
+{
+    static uint8_t one[65536], all[65536];
+    size_t one_records = 0, all_records = 0;
+    unsigned one_fds = 0, all_fds = 0;
+    size_t one_len = ask_much(false, one, sizeof(one), &one_records, &one_fds);
+    size_t all_len = ask_much(true, all, sizeof(all), &all_records, &all_fds);
+    ck_assert_uint_eq(one_records, 47);
+    ck_assert_uint_eq(all_records, 4); /* what goes before a descriptor, its own, up to the long one, the rest */
+    ck_assert_uint_eq(one_len, all_len);
+    ck_assert_mem_eq(one, all, one_len);
+    ck_assert_uint_eq(one_fds, 20);
+    ck_assert_uint_eq(all_fds, 20);
+}
+END_TEST
+
 START_TEST(no_reply_is_never_answered)
 {
     static uint8_t bytes[300 * 80];
@@ -2034,6 +2104,36 @@ START_TEST(dma_in_callback)
 }
 END_TEST
 
+/* What a callback sends comes behind the replies to the requests before, though those were held back for the next ones. */
+START_TEST(dma_in_callback_in_order)
+{
+    guest g = new_guest(false, 0);
+    vfu_wire_device_info info = {.argsz = 16};
+    vfu_wire_region_access access = {.region = 0, .count = 1};
+    static const uint16_t expected[] = {VFU_CMD_DEVICE_GET_INFO, VFU_CMD_DMA_READ, VFU_CMD_REGION_WRITE, VFU_CMD_DEVICE_GET_INFO};
+    uint8_t bytes[128], write[17] = {0};
+    uint32_t len;
+    guest_open(NULL);
+    fill_pattern(guest_memory, 64, 1);
+    R.on_write = read_in_callback;
+    memcpy(write, &access, 16);
+    len = put(bytes, 1, VFU_CMD_DEVICE_GET_INFO, 0, &info, sizeof(info));
+    len += put(bytes + len, 2, VFU_CMD_REGION_WRITE, 0, write, sizeof(write));
+    len += put(bytes + len, 3, VFU_CMD_DEVICE_GET_INFO, 0, &info, sizeof(info));
+    rig_send(&R, bytes, len, NULL, 0);
+    uint8_t answer[128];
+    for (unsigned i = 0; i < COUNT(expected); i++) {
+        ck_assert_int_eq(rig_receive(&R), 1);
+        ck_assert_uint_eq(R.reply.cmd, expected[i]);
+        if (!vfu_msg_is_reply(&R.reply))
+            len = guest_answer(&g, R.client.bytes, (uint32_t)R.client.have, answer);
+    }
+    rig_send(&R, answer, len, NULL, 0);
+    ck_assert_uint_eq(deferred.calls, 1);
+    rig_destroy(&R);
+}
+END_TEST
+
 /* Waits until the device has something to do, as its user would. */
 static void poll_once(vfu_dev *dev)
 {
@@ -2510,6 +2610,7 @@ int main(void)
     tcase_add_test(tc, framing);
     tcase_add_test(tc, byte_by_byte);
     tcase_add_test(tc, replies_in_order);
+    tcase_add_test(tc, answered_together);
     tcase_add_test(tc, no_reply_is_never_answered);
     tcase_add_test(tc, surplus_descriptors);
     suite_add_tcase(suite, tc);
@@ -2561,6 +2662,7 @@ int main(void)
     tcase_add_test(tc, dma_and_commands);
     tcase_add_test(tc, dma_chain);
     tcase_add_test(tc, dma_in_callback);
+    tcase_add_test(tc, dma_in_callback_in_order);
     tcase_add_loop_test(tc, dma_timeout, 0, 2);
     tcase_add_test(tc, dma_policy_no_mmap);
     suite_add_tcase(suite, tc);
