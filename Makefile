@@ -5,6 +5,7 @@
 #   CC CPPFLAGS CFLAGS LDFLAGS   the compiler and its options, placed after the project's own
 #   WERROR=-Werror               turns the warnings into errors
 #   BUILD                        where everything built goes
+#   ROUNDS                       how often `bench` measures everything
 #   PREFIX DESTDIR               where `install` puts the headers
 #   BENCH_NVME                   arguments of tests/qemu/bench_nvme.sh
 
@@ -44,13 +45,13 @@ SAN_CC = $(call once,SAN_CC,for cc in '$(CC)' '$(CLANG)'; do \
 # Targets wait for the installation in `make -j deps check`.
 AFTER_DEPS := $(filter deps,$(MAKECMDGOALS))
 # Targets that `help` leaves out because what they run isn't there.
-ABSENT := $(if $(wildcard tests/firmware.sh),,check-firmware) $(if $(wildcard tests/bench/bench_iommu.c),,bench-iommu)
+ABSENT := $(if $(wildcard tests/firmware.sh),,check-firmware)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
 .PHONY: help examples demo deps tests check check-normal check-asan check-clang check-tsan check-stress check-compile \
-    check-qemu check-qemu-long check-firmware bench-iommu bench-nvme install uninstall clean FORCE
+    check-qemu check-firmware bench bench-iommu size check-qemu-long bench-nvme install uninstall clean FORCE
 
 help: ## list the targets
 	@awk -v absent=' $(ABSENT) ' '/^[a-z-]+:.*## / { name = $$1; sub(/:.*/, "", name); sub(/^.*## /, "");            \
@@ -130,15 +131,23 @@ endif
 check-compile: $(BUILD)/config | $(AFTER_DEPS) ## compile the headers with every compiler, standard and option that they support
 	@sh tests/compile/run.sh $(BUILD)/compile
 
-BENCH_IOMMU := tests/bench/bench_iommu.c
-ifneq ($(wildcard $(BENCH_IOMMU)),)
-$(BUILD)/bench/bench_iommu: $(BENCH_IOMMU) $(BUILD)/config
+$(BUILD)/bench/bench: tests/bench/bench.c $(BUILD)/config
 	@mkdir -p $(@D)
-	$(CC) $(call COMPILE,-O2) $(LDFLAGS) -o $@ $< $(if $(filter $(BENCH_IOMMU),$(BRINGS_IMPLEMENTATION)),,tests/impl.c)
+	$(CC) $(call COMPILE,-O2) $(LDFLAGS) -o $@ $<
+
+$(BUILD)/bench/bench_iommu: tests/bench/bench_iommu.c $(BUILD)/config
+	@mkdir -p $(@D)
+	$(CC) $(call COMPILE,-O2) $(LDFLAGS) -o $@ $< tests/impl.c
+
+bench: $(BUILD)/bench/bench ## measure every path of vfu.h beside bare system calls
+	@$< $(ROUNDS)
 
 bench-iommu: $(BUILD)/bench/bench_iommu ## measure the vIOMMU beside memcpy
 	@$<
-endif
+
+# What a program gets in its memory: code, constants and variables, as `size` counts them.
+size: $(BUILD)/config ## measure the size of the implementation, and of the codec alone
+	@CC='$(CC)' sh tests/bench/size.sh $(BUILD)/bench
 
 $(BUILD)/bench/bench_round_trip: tests/bench/bench_round_trip.c $(BUILD)/config
 	@mkdir -p $(@D)

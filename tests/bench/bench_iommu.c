@@ -15,16 +15,13 @@
  * Mappings are adjacent and were made in random order. Their memory is one arena, which larger tables use several times over.
  */
 #define _GNU_SOURCE
+#include "figures.h"
 #include "vfu_iommu.h"
 
 #include <errno.h>
 #include <pthread.h>
 #include <stdatomic.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/mman.h>
-#include <time.h>
 #include <unistd.h>
 
 enum {
@@ -49,14 +46,6 @@ static void fail(const char *what)
 
 /* ---- time and numbers ------------------------------------------------------------------------------------------------- */
 
-static double read_clock(clockid_t clock)
-{
-    struct timespec t;
-    clock_gettime(clock, &t);
-    return (double)t.tv_sec * 1e9 + (double)t.tv_nsec;
-}
-
-static double now_ns(void) { return read_clock(CLOCK_MONOTONIC); }
 static double own_ns(void) { return read_clock(CLOCK_THREAD_CPUTIME_ID); } /* of this thread; takes some 100 ns to read */
 
 static uint64_t luck = 88172645463325252u;
@@ -68,26 +57,6 @@ static uint64_t random64(void)
     return luck;
 }
 static uint64_t below(uint64_t n) { return (random64() >> 8) % n; }
-
-static int compare(const void *a, const void *b)
-{
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
-typedef struct figure {
-    double round[ROUNDS], median, least, greatest;
-} figure;
-
-static void settle(figure *f)
-{
-    double sorted[ROUNDS];
-    memcpy(sorted, f->round, sizeof(sorted));
-    qsort(sorted, ROUNDS, sizeof(sorted[0]), compare);
-    f->least = sorted[0];
-    f->median = sorted[ROUNDS / 2];
-    f->greatest = sorted[ROUNDS - 1];
-}
 
 /* ---- the table -------------------------------------------------------------------------------------------------------- */
 
@@ -228,10 +197,10 @@ static void measure_access(access_figures *f, size_t len, size_t count)
             f->ratio[kind].round[r] = ns[kind] / ns[KINDS];
         }
     }
-    settle(&f->floor);
+    settle(&f->floor, ROUNDS);
     for (int kind = 0; kind < KINDS; kind++) {
-        settle(&f->more[kind]);
-        settle(&f->ratio[kind]);
+        settle(&f->more[kind], ROUNDS);
+        settle(&f->ratio[kind], ROUNDS);
     }
 }
 
@@ -242,7 +211,7 @@ static void measure_lookup(figure *f)
         time_lookup(kind, stream_at, LOOKUPS);
         for (int r = 0; r < ROUNDS; r++, stream_at += LOOKUPS)
             f[kind].round[r] = time_lookup(kind, stream_at, LOOKUPS);
-        settle(&f[kind]);
+        settle(&f[kind], ROUNDS);
     }
 }
 
@@ -262,7 +231,7 @@ static void measure_pairs(figure *f)
         }
         f->round[r] = (own_ns() - start) / PAIRS;
     }
-    settle(f);
+    settle(f, ROUNDS);
 }
 
 static double clock_cost(void)
@@ -456,13 +425,6 @@ static void print_case(const row *r, int hot)
     printf("%9s  %-5s  %-7s", number(r->count), r->mixed ? "mixed" : "4 KiB", hot < 0 ? "" : hot ? "hot" : "uniform");
 }
 
-static void print_figure(const figure *f, int digits)
-{
-    char spread[40];
-    snprintf(spread, sizeof(spread), "%.*f..%.*f", digits, f->least, digits, f->greatest);
-    printf(" |%8.*f  %-14s", digits, f->median, spread);
-}
-
 /* One line for each kind of table and stream. */
 static void print_access_table(const char *title, const char *heads, int which)
 {
@@ -504,11 +466,6 @@ static void print_updates(void)
         else
             printf(" |       -\n"); /* all in the first page */
     }
-}
-
-static void target(const char *what, double is, double at_most, const char *unit)
-{
-    printf("  %-60s %8.2f %-2s  target %6.4g  %s\n", what, is, unit, at_most, is <= at_most ? "yes" : "NO");
 }
 
 static void print_targets(void)
@@ -570,7 +527,7 @@ int main(void)
     figure stream;
     for (int r = 0; r < ROUNDS; r++)
         stream.round[r] = time_stream((size_t)r * SMALL, SMALL);
-    settle(&stream);
+    settle(&stream, ROUNDS);
     printf("\nReading the stream of addresses is %.1f ns of each access, on both sides; looking up the floor's pointers "
            "beforehand is not\n"
            "counted. An empty table of 65,536 with 16 readers takes %zu KiB.\n",
