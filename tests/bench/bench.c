@@ -215,6 +215,7 @@ static void floor_serve(int sock, const void *how)
     order o;
     int event = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     uint64_t one = 1;
+    memset(bytes, 1, sizeof(bytes)); /* pages of its own: what was never written is one and the same page, which a cache holds */
     if (d->kind == ANSWER)
         while (d->with_fd ? receive_with_fd(sock, bytes, d->request) : receive_all(sock, bytes, d->request, d->busy))
             send_all(sock, bytes, d->reply);
