@@ -3873,23 +3873,21 @@ typedef struct vfux_batch {
  *     rx: | ... taken ... | start: next message | ... | scanned: last message that has begun | end |  free  |
  */
 struct vfu_conn {
-    int fd;
-    bool may_wait; /* vfux_conn_receive_soon works */
     vfu_io io;
-    vfu_alloc alloc;
-    uint32_t max_msg, max_fds;
-    size_t capacity, tx_capacity; /* bytes */
     uint8_t *rx, *tx;
     size_t rx_start, rx_end, rx_scanned;
-    uint64_t rx_at; /* stream position of rx[0] */
-    bool rx_broken; /* no message can begin at rx_scanned */
-    vfux_batch rx_batches[VFUX_BATCHES];
-    unsigned rx_batch_count;
+    uint64_t rx_at;                 /* stream position of rx[0] */
+    size_t capacity, tx_capacity;   /* bytes */
     size_t rx_hole_at, rx_hole_len; /* a message that was taken from behind others; closed by the next call */
+    uint32_t max_msg, max_fds;
+    unsigned rx_batch_count, tx_batch_count;
     size_t tx_start, tx_end;
     uint64_t tx_at; /* stream position of tx[0] */
-    vfux_batch tx_batches[VFUX_BATCHES];
-    unsigned tx_batch_count;
+    int fd;
+    bool rx_broken; /* no message can begin at rx_scanned */
+    bool may_wait;  /* vfux_conn_receive_soon works */
+    vfu_alloc alloc;
+    vfux_batch rx_batches[VFUX_BATCHES], tx_batches[VFUX_BATCHES];
 };
 
 /* recvmsg() with these flags. An interrupted one that may wait says -EINTR, any other is made again. */
@@ -4844,9 +4842,34 @@ typedef struct vfux_wait {
 } vfux_wait;
 
 struct vfu_dev {
-    vfu_dev_desc desc; /* with the defaults filled in; pointers in it to anything but functions are not kept */
+    /* What every request touches comes first and close together: where a thread has a thousand devices, the lines that are not in
+     * the processor's cache are most of what a message costs. */
+    vfu_conn *conn;           /* NULL: no client */
+    vfu_conn *twin;           /* for DMA messages; NULL: they go over conn */
+    _Atomic uintptr_t poller; /* the thread that polls: address of its vfux_this_thread */
+    atomic_bool stopped, woken;
+    bool greeted;
+    bool handling; /* there is a request at hand */
+    bool hold;     /* the next request has come already: small replies wait for its own */
+    bool asked;    /* another thread has waited for memory of this client that only messages reach */
+    bool traces;   /* the logger wants every message */
+    bool work_wanted, more;
+    uint8_t msix_bars; /* a bit for each BAR with the MSI-X table or the PBA */
+    int received;      /* what vfu_conn_receive has said of conn before poll is called; 0: it was not called */
+    vfu_dma_layout layout;
+    vfux_intx intx;
+    const char *why;  /* what was wrong with the request at hand; for the log */
+    size_t reading;   /* bytes that the request at hand reads */
+    size_t reply_len; /* bytes of replies that are held back */
+    vfu_dma *dmas;    /* under way, the oldest first */
+    uint8_t *data;    /* payload of the reply in the making */
+    size_t data_size;
     vfux_region *regions;
     uint32_t region_count;
+    vfu_frame frame;
+    vfux_pending pending; /* under the lock */
+    vfu_dev_desc desc;    /* with the defaults filled in; pointers in it to anything but functions are not kept */
+
     vfu_io_fd *io_fds;
     uint32_t io_fd_count;
 
@@ -4855,63 +4878,44 @@ struct vfu_dev {
     dev_t path_dev;
     ino_t path_ino;
     int wake_fd; /* eventfd that ends a wait */
-    atomic_bool stopped, woken;
-    _Atomic uintptr_t poller; /* the thread that polls: address of its vfux_this_thread */
 
     pthread_mutex_t lock;   /* of what other threads reach: pending, waits, revoked */
     pthread_cond_t changed; /* a wait is done */
-    vfux_pending pending;
     uint64_t last_ticket;
     vfux_wait *waits;                     /* not yet taken by the thread that polls */
     uint64_t revoked_first, revoked_last; /* being unmapped: nobody may wait for it any more; nothing if first > last */
 
-    vfu_conn *conn;                /* NULL: no client */
-    vfu_conn *twin;                /* for DMA messages; NULL: they go over conn */
-    int received;                  /* what vfu_conn_receive has said of conn before poll is called; 0: it was not called */
-    bool asked;                    /* another thread has waited for memory of this client that only messages reach */
-    bool hold;                     /* the next request has come already: small replies wait for its own */
-    uint8_t replies[VFUX_REPLIES]; /* held back, and the head of the one that is sent with them */
-    size_t reply_len;
-    vfu_frame frame;
-    bool greeted;
     uint64_t greeting_until;
     uint64_t accept_from; /* ms; 0: at once */
     vfu_caps peer;
     uint32_t peer_xfer; /* bytes of data that both ends take in one message */
     unsigned warnings;
-    const char *why; /* what was wrong with the request at hand; for the log */
-    size_t reading;  /* bytes that the request at hand reads */
-    bool handling;   /* there is one */
 
     vfu_iommu *iommu;
     vfu_iommu_reader *reader;
-    vfux_window *windows[VFUX_WINDOW_LISTS]; /* by inode */
     uint32_t window_count;
 
-    vfu_pci pci;
     uint8_t *msix_table;
     size_t msix_size;               /* bytes */
     _Atomic uint32_t *msix_pending; /* the PBA */
     _Atomic uint8_t *msix_masked;   /* for each vector, with the policy msix_masks */
     size_t pba_size;                /* bytes */
-    vfux_intx intx;
     uint32_t irq_counts[VFU_PCI_NUM_IRQS], irq_first[VFU_PCI_NUM_IRQS], irq_total;
     _Atomic int *irqs; /* for each interrupt: -1, or its eventfd * 2 + 1 if a write to it could block */
     _Atomic unsigned raise_epoch,
         raisers[2]; /* threads that may be about to write to an eventfd, by epoch (see vfux_irqs_replace) */
 
-    vfu_dma *dmas; /* under way, the oldest first */
-    vfux_slot slots[VFUX_DMA_SLOTS];
     uint16_t dma_sequence;
     uint64_t dma_reading; /* bytes asked for and not answered */
     unsigned dma_held;    /* slots that are held */
-    vfu_dma_layout layout;
 
     vfu_mig_state mig_state, mig_wanted;
     uint64_t multi_done, multi_count; /* REGION_WRITE_MULTI: its entries are in `data` */
-    bool work_wanted, more;
-    uint8_t *data; /* payload of the reply in the making */
-    size_t data_size;
+
+    uint8_t replies[VFUX_REPLIES]; /* held back, and the head of the one that is sent with them */
+    vfux_slot slots[VFUX_DMA_SLOTS];
+    vfux_window *windows[VFUX_WINDOW_LISTS]; /* by inode */
+    vfu_pci pci;
 };
 
 static _Thread_local char vfux_this_thread;
@@ -6187,7 +6191,7 @@ static bool vfux_msix_access(vfu_dev *dev, uint32_t region, uint64_t offset, uin
 {
     const vfu_pci_desc *pci = &dev->desc.pci;
     uint32_t table_skip = 0, pba_skip = 0, table = 0, pba = 0;
-    if (!dev->msix_size)
+    if (region >= 6 || !(dev->msix_bars >> region & 1))
         return false;
     if (region == pci->msix.pba_bar)
         pba = vfux_overlap(offset, len, pci->msix.pba_offset, dev->pba_size, &pba_skip);
@@ -6722,7 +6726,8 @@ static int vfux_dev_command(vfu_dev *dev, const vfu_msg *request, int decoded)
     if (!err) {
         vfux_handler *handler = vfux_handler_of(request->cmd);
         dev->why = "the command isn't supported";
-        vfux_trace(dev, VFU_LEVEL_TRACE, request, 0);
+        if (dev->traces)
+            vfux_trace(dev, VFU_LEVEL_TRACE, request, 0);
         dev->handling = true;
         err = handler ? handler(dev, request, &answer) : -EOPNOTSUPP;
         dev->handling = false;
@@ -7102,6 +7107,7 @@ static int vfux_dev_create_irqs(vfu_dev *dev)
     if (!dev->msix_size)
         return 0;
     dev->pba_size = (pci->msix.vectors + 63u) / 64 * 8;
+    dev->msix_bars = (uint8_t)(1u << pci->msix.table_bar | 1u << pci->msix.pba_bar);
     dev->msix_table = vfux_allocate_zero(&dev->desc.alloc, dev->msix_size);
     dev->msix_pending = vfux_allocate_zero(&dev->desc.alloc, dev->pba_size);
     dev->msix_masked = vfux_allocate_zero(&dev->desc.alloc, pci->msix.vectors);
@@ -7136,6 +7142,7 @@ VFU_API int vfu_dev_create(vfu_dev **out, const vfu_dev_desc *desc)
     dev->listener = dev->wake_fd = dev->intx.unmask_fd = -1;
     dev->revoked_first = 1;
     dev->mig_state = VFU_MIG_STATE_RUNNING;
+    dev->traces = vfux_says(&desc->logger, VFU_LEVEL_TRACE);
     pthread_mutex_init(&dev->lock, NULL); /* can't fail for plain ones on Linux */
     pthread_cond_init(&dev->changed, NULL);
     if (!dev->desc.max_data_xfer_size)
