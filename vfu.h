@@ -1398,8 +1398,26 @@ VFU_API void vfu_dev_dma_cancel(vfu_dev *dev, vfu_dma *dma);
 /*
  * ==== client ===============================================================================================================
  *
- * The other end. Each call sends a request and waits for its reply, up to a time limit, and meanwhile serves the device's
- * DMA_READ and DMA_WRITE from its own vfu_iommu: a device reaches what is mapped now, and nothing else.
+ * The other end. A command is submitted, its reply comes as a completion; or a call does both and waits in between:
+ *
+ *      submit --> queued --- flush, poll, wait --> sent --- the reply, or the end --> completed --- poll, wait --> taken
+ *
+ * Whatever moves messages serves the device's DMA_READ and DMA_WRITE on the way, from the client's own vfu_iommu: a device
+ * reaches what is mapped now, and nothing else. Replies are matched by id and command and checked in full: sizes, counts,
+ * indexes, addresses, capability chains, areas, descriptors. Surplus descriptors are closed.
+ *
+ * Nothing is allocated after creation but for a region that is opened or has more areas than any before it, an interrupt index
+ * when it is first assigned, and what `reconnects` keeps. What a server can make the client hold is bounded by
+ * max_data_xfer_size: requests wait in a queue that refuses more (-EAGAIN), and the device's requests are left in the socket
+ * while the server doesn't take the answers to earlier ones. Replies are received all the same, so that two ends that both wait
+ * to be read can't hold each other up.
+ *
+ * All functions return 0 unless they say otherwise; or the error with which the server answered (-EIO if it named none); or:
+ *     -EPIPE      the server has closed, or the connection was given up before
+ *     -ETIMEDOUT  a reply hasn't come within timeout_ms, or the server hasn't taken a byte for that long
+ *     -EPROTO     the server has sent something that no server may
+ * These three end the connection: requests under way complete with that error, and everything but the taking of completions says
+ * -EPIPE from then on, until vfu_client_reconnect.
  */
 
 typedef struct vfu_client vfu_client;
@@ -1408,30 +1426,108 @@ typedef struct vfu_client_desc {
     uint32_t timeout_ms;         /* for each reply; 0: 5000 */
     uint32_t max_data_xfer_size; /* 0: 1 MiB; at most 16 MiB */
     uint32_t max_dma_maps;       /* 0: 65535 */
+    uint32_t max_in_flight;      /* requests submitted and not taken; 0: 64; at most 4096 */
+    bool twin_socket;            /* take the device's requests on a socket of their own, if the server can */
+    bool reconnects;             /* keep copies of the descriptors of mappings and interrupts, for vfu_client_reconnect */
     vfu_alloc alloc;             /* copied */
     vfu_logger logger;           /* copied */
 } vfu_client_desc;
 
 /*
- * Connects and negotiates (VERSION). attach takes a connected socket, also on failure. desc may be NULL. 0; what connect()
- * says; -ETIMEDOUT; -EPROTO: the server answers with something that no server may; -ENOMEM.
- *
- * All calls below return 0 unless they say otherwise, or: the error with which the server answered; -ETIMEDOUT, -EPIPE (it has
- * closed), -EPROTO: the connection is of no more use, and every later call says -EPIPE.
+ * Connects and negotiates (specification, "VFIO_USER_VERSION"); waits for both, at most timeout_ms each. attach takes a
+ * connected socket, also on failure. desc may be NULL. 0; what connect() says; -ETIMEDOUT; -EPROTO; -EPIPE; -EINVAL: a number in
+ * desc is out of range; -ENOMEM.
  */
 VFU_API int vfu_client_connect(vfu_client **out, const char *path, const vfu_client_desc *desc);
 VFU_API int vfu_client_attach(vfu_client **out, int fd, const vfu_client_desc *desc);
+
+/* Ends it: what is under way is forgotten. NULL is fine. */
 VFU_API void vfu_client_destroy(vfu_client *client);
 
-/* The socket, for poll(); and what the server said in VERSION. */
+/*
+ * Connects again, to a server that was started again or that closed: negotiates, looks whether it is still the same device
+ * (number of regions and interrupts, and the regions that were asked for: flags, size, areas), opens the regions that were open,
+ * and sends its mappings and interrupts as they are. A connection that still stands is closed. Completions not taken yet stay.
+ * reattach takes a connected socket. 0; as vfu_client_connect; -ESTALE: it is another device; -ENOTSUP: desc.reconnects wasn't
+ * set. After a failure there is no connection, and it can be tried again.
+ */
+VFU_API int vfu_client_reconnect(vfu_client *client, const char *path);
+VFU_API int vfu_client_reattach(vfu_client *client, int fd);
+
+/* The socket, or -1; and what the server said in VERSION. */
 VFU_API int vfu_client_fd(const vfu_client *client);
 VFU_API const vfu_caps *vfu_client_caps(const vfu_client *client);
 
+/* ---- requests under way ---- */
+
+/* A command, and where its reply goes. Set what isn't needed to 0. */
+typedef struct vfu_client_request {
+    vfu_msg msg;    /* the command; its id is set. flags: 0, or VFU_HDR_NO_REPLY: posted, there will be no completion */
+    const int *fds; /* borrowed during the call */
+    unsigned fd_count;
+    void *buf;     /* gets the reply's data; the caller leaves it alone until the completion is taken. May be NULL */
+    size_t room;   /* its bytes; for REGION_READ and MIG_DATA_READ at least what is asked for */
+    int *received; /* gets the reply's descriptors, which it gives; -1 in the rest. Lives as long as buf */
+    unsigned max_received;
+    void *user;
+} vfu_client_request;
+
+typedef struct vfu_completion {
+    uint16_t id;       /* what submit returned */
+    void *user;        /* the request's */
+    int result;        /* 0 or a negative errno. -EMSGSIZE: the reply has more data than buf has room, and none of it was kept */
+    vfu_msg reply;     /* zero if there was none; views point into buf */
+    unsigned fd_count; /* descriptors in received */
+} vfu_completion;
+
+/*
+ * Submits a command of any kind but VERSION, and doesn't block: the data is copied or sent. It leaves with the next flush, poll
+ * or wait, together with others in one system call; at once if it carries descriptors or much data. Returns its id, 0 to 65535,
+ * unique among those that were not taken. -EAGAIN: max_in_flight are under way, or the server doesn't read: poll, and come
+ * again; -EINVAL: the message is impossible, or larger than the two ends have agreed upon; -EPIPE and so on. What such a command
+ * maps or assigns isn't noted here.
+ */
+VFU_API int vfu_client_submit(vfu_client *client, const vfu_client_request *request);
+
+/* The same for REGION_READ and REGION_WRITE of at most max_data_xfer_size bytes, with a reply; and for posted writes: 0. */
+VFU_API int vfu_client_submit_read(vfu_client *client, uint32_t region, uint64_t offset, void *buf, uint32_t len, void *user);
+VFU_API int vfu_client_submit_write(vfu_client *client, uint32_t region, uint64_t offset, const void *buf, uint32_t len,
+                                    void *user);
+VFU_API int vfu_client_post_write(vfu_client *client, uint32_t region, uint64_t offset, const void *buf, uint32_t len);
+
+/* Sends what is queued. 0: all of it; -EAGAIN: the server doesn't take more now. */
+VFU_API int vfu_client_flush(vfu_client *client);
+
+/*
+ * Takes a completion, the oldest first. When there is none it sends what is queued, receives once and serves the device.
+ * Never blocks. 1: *out is one; 0: none has come.
+ */
+VFU_API int vfu_client_poll(vfu_client *client, vfu_completion *out);
+
+/* Waits for the completion with that id, or for any (VFU_CLIENT_ANY), and takes it: 1. -ENOENT: none is under way. */
+#define VFU_CLIENT_ANY (-1)
+VFU_API int vfu_client_wait(vfu_client *client, int id, vfu_completion *out);
+
+/* Requests that were submitted and not taken. */
+VFU_API unsigned vfu_client_in_flight(const vfu_client *client);
+
+/* For a loop of the caller's own: what to wait for with poll(), at most vfu_client_timeout milliseconds (-1: no limit); then
+ * call vfu_client_poll until it returns 0. */
+#define VFU_CLIENT_FDS 2
+VFU_API unsigned vfu_client_fds(vfu_client *client, vfu_pollfd fds[VFU_CLIENT_FDS]);
+VFU_API int vfu_client_timeout(vfu_client *client);
+
+/* Serves the device's requests until wake_fd (-1: none) is readable or timeout_ms (-1: no limit) have passed. 1: it is
+ * readable; 0: the time has passed. */
+VFU_API int vfu_client_serve(vfu_client *client, int wake_fd, int timeout_ms);
+
 /* One request and its reply, whatever it is: the general form of what follows. The id and flags of *request are set; fds are
  * borrowed. Views in *reply are borrowed until the next call. received (may be NULL) gets up to max_received descriptors,
- * which it gives, and -1 in the rest. -EIO: the server answered with an error and no number. */
+ * which it gives, and -1 in the rest. */
 VFU_API int vfu_client_call(vfu_client *client, vfu_msg *request, const int *fds, unsigned fd_count, vfu_msg *reply,
                             int *received, unsigned max_received);
+
+/* ---- what the device is ---- */
 
 VFU_API int vfu_client_info(vfu_client *client, vfu_wire_device_info *out);
 VFU_API int vfu_client_irq_info(vfu_client *client, uint32_t index, vfu_wire_irq_info *out);
@@ -1440,42 +1536,109 @@ VFU_API int vfu_client_irq_info(vfu_client *client, uint32_t index, vfu_wire_irq
 typedef struct vfu_client_region {
     uint32_t flags; /* VFU_REGION_INFO_* */
     uint64_t size, offset;
-    int fd;              /* given; -1: none */
-    uint32_t area_count; /* 0 with VFU_REGION_INFO_MMAP: the whole region */
-    vfu_wire_sparse_area areas[16];
+    int fd;                            /* given; -1: none */
+    uint32_t type, subtype;            /* of the type capability; 0: none */
+    uint32_t area_count;               /* 0 with VFU_REGION_INFO_MMAP: the whole region */
+    const vfu_wire_sparse_area *areas; /* inside the region; borrowed until the next vfu_client_region_info or _open */
 } vfu_client_region;
 
-/* -E2BIG: more than 16 areas. */
+/* However many areas there are, if their description fits max_data_xfer_size; -EPROTO if it doesn't. */
 VFU_API int vfu_client_region_info(vfu_client *client, uint32_t index, vfu_client_region *out);
 
-/* Reads or writes a region by message, in as many as the server's max_data_xfer_size needs. */
+/* A sub-region whose writes, or accesses, go to a descriptor. Entries of 48 bytes are libvfio-user's, with a shadow. */
+typedef struct vfu_client_io_fd {
+    uint64_t offset, size; /* size 0: any width */
+    uint32_t type;         /* VFU_IO_FD_*, or 2: an ioeventfd that finds the value in shared memory */
+    uint32_t flags;        /* KVM's, for the type */
+    uint64_t data;         /* datamatch or user_data */
+    unsigned fd_index;     /* into fds */
+    int shadow_index;      /* likewise: the shared memory; -1: none */
+    uint64_t shadow_offset;
+} vfu_client_io_fd;
+
+/* Returns how many a region has and puts up to `max` of them to `out`. fds gets the descriptors, which it gives, and -1 in the
+ * rest; entries name only those that came. */
+VFU_API int vfu_client_io_fds(vfu_client *client, uint32_t region, vfu_client_io_fd *out, uint32_t max, int fds[VFU_FDS_MAX]);
+
+/* ---- regions ---- */
+
+/*
+ * Chooses how a region is accessed from now on, where the device allows it. `how`:
+ *     BY_MEMORY   its areas are mapped, and accesses inside them are loads and stores, naturally aligned, of 1, 2, 4 or 8 bytes:
+ *                 the widest that fit, in ascending order. Each is behind all that this thread did before, and before all that
+ *                 it does afterwards. Areas that aren't made of whole pages stay messages, as do those beyond the first 1024.
+ *                 Memory that the server takes away is -EFAULT
+ *     BY_EVENTFD  a write that hits an ioeventfd (offset, width, datamatch) signals it, and stores its value in the shared
+ *                 memory, if it has some. A server that fills its own eventfd up, and makes it blocking at the right moment,
+ *                 holds the writing thread: not for servers that aren't trusted
+ * Everything else is a message; and so are accesses while requests or posted writes are under way, which keeps them in order.
+ * -ENODEV: what the server gave can't be mapped safely, or is no eventfd (the region is accessed by message); -ENOMEM.
+ * Opening it again replaces; `how` 0 closes.
+ */
+#define VFU_CLIENT_BY_MEMORY  1u
+#define VFU_CLIENT_BY_EVENTFD 2u
+VFU_API int vfu_client_region_open(vfu_client *client, uint32_t index, uint32_t how);
+
+/* Reads or writes a region: by message, in as many as max_data_xfer_size needs, or as vfu_client_region_open has chosen. */
 VFU_API int vfu_client_region_read(vfu_client *client, uint32_t region, uint64_t offset, void *buf, size_t len);
 VFU_API int vfu_client_region_write(vfu_client *client, uint32_t region, uint64_t offset, const void *buf, size_t len);
+
+/* Several small writes, in one REGION_WRITE_MULTI if the server takes it, else one by one. Returns how many were done: all, or
+ * those before the first that failed, if the server says so. */
+VFU_API int vfu_client_write_multi(vfu_client *client, const vfu_wire_write_one *writes, uint32_t count);
+
+/* ---- memory and interrupts ---- */
 
 /*
  * Gives memory to the device: [host, host + size) at iova. prot is VFU_IOMMU_READ, VFU_IOMMU_WRITE or both, as the device
  * sees it. With fd >= 0, which is borrowed, the device may map it: host must be the same memory as fd at offset. Without,
- * the device uses messages. Memory at host is borrowed until unmapped. unmap has the semantics of vfu_iommu_unmap, and the
- * server's answer counts: when it refuses, the mapping stays.
+ * or when the server takes no descriptors, the device uses messages. Memory at host is borrowed until unmapped. unmap has the
+ * semantics of vfu_iommu_unmap, and the server's answer counts: when it refuses, the mapping stays.
  */
 VFU_API int vfu_client_dma_map(vfu_client *client, uint64_t iova, uint64_t size, uint32_t prot, void *host, int fd,
                                uint64_t offset);
 VFU_API int vfu_client_dma_unmap(vfu_client *client, uint64_t iova, uint64_t size);
 
+/* The table from which the device's requests are served. Changing it by hand is allowed, but the server is not told. */
+VFU_API vfu_iommu *vfu_client_iommu(vfu_client *client);
+
 /* Assigns eventfds (borrowed) to interrupts [start, start + count) of an index; NULL: de-assigns them. In chunks of what the
- * server takes. irq_action masks, unmasks or triggers (VFU_IRQ_SET_ACTION_*); with count 0 and TRIGGER it disables the whole
- * index. */
+ * server takes; after an error those of the first chunks are assigned. unmask_by has the device unmask an interrupt when its
+ * eventfd is signalled (INTx). irq_action masks, unmasks or triggers (VFU_IRQ_SET_ACTION_*); with count 0 and TRIGGER it disables
+ * the whole index. */
 VFU_API int vfu_client_irq_assign(vfu_client *client, uint32_t index, uint32_t start, uint32_t count, const int *eventfds);
+VFU_API int vfu_client_irq_unmask_by(vfu_client *client, uint32_t index, uint32_t start, uint32_t count, const int *eventfds);
 VFU_API int vfu_client_irq_action(vfu_client *client, uint32_t index, uint32_t start, uint32_t count, uint32_t action);
 
 VFU_API int vfu_client_reset(vfu_client *client);
 
-/* Serves the device's requests until wake_fd (-1: none) is readable or timeout_ms (-1: no limit) have passed. 1: it is
- * readable; 0: the time has passed. */
-VFU_API int vfu_client_serve(vfu_client *client, int wake_fd, int timeout_ms);
+/*
+ * ---- migration ----
+ *
+ * Specification, "VFIO_USER_DEVICE_FEATURE". flags gives VFU_MIG_*. go takes the device to a state by the shortest legal way,
+ * arc by arc, and never through a state that saves (PRE_COPY, STOP_COPY) on the way to another; *reached (may be NULL) is where
+ * it stands then, also after a failure. -EINVAL: there is no way; out of VFU_MIG_STATE_ERROR only vfu_client_reset leads.
+ *
+ * read gets up to len bytes of the device's state, in PRE_COPY and STOP_COPY, and returns how many: fewer: there is no more for
+ * now. write puts len bytes, in RESUMING.
+ */
+VFU_API int vfu_client_mig_flags(vfu_client *client, uint64_t *flags);
+VFU_API int vfu_client_mig_state(vfu_client *client, vfu_mig_state *state);
+VFU_API int vfu_client_mig_go(vfu_client *client, vfu_mig_state target, vfu_mig_state *reached);
+VFU_API int64_t vfu_client_mig_read(vfu_client *client, void *buf, size_t len);
+VFU_API int vfu_client_mig_write(vfu_client *client, const void *buf, size_t len);
 
-/* The table from which the device's requests are served. Changing it by hand is allowed, but the server is not told. */
-VFU_API vfu_iommu *vfu_client_iommu(vfu_client *client);
+/*
+ * The device's dirty log. start: *page_size is what is wanted, and then what was chosen; without ranges every write is logged.
+ * report gets and clears the bits of [iova, iova + length): one for each page of page_size bytes, a power of two, the first in
+ * bit 0 of bitmap[0]; words is at least what that needs. In as many messages as max_data_xfer_size needs. -E2BIG: the ranges don't
+ * fit one message; -EINVAL: page size, range or words are impossible.
+ */
+VFU_API int vfu_client_log_start(vfu_client *client, uint64_t *page_size, const vfu_wire_feature_log_range *ranges,
+                                 uint32_t count);
+VFU_API int vfu_client_log_report(vfu_client *client, uint64_t iova, uint64_t length, uint64_t page_size, uint64_t *bitmap,
+                                  size_t words);
+VFU_API int vfu_client_log_stop(vfu_client *client);
 
 #endif /* VFU_CODEC_ONLY */
 
@@ -4210,6 +4373,34 @@ static int vfux_conn_queue(vfu_conn *conn, const vfu_slice *slices, size_t sent,
     return 0;
 }
 
+/* Bytes that wait to be sent. */
+static size_t vfux_conn_waiting(const vfu_conn *conn) { return conn->tx_end - conn->tx_start; }
+
+/* Has `len` bytes fit behind what waits, by moving that to the front. False: they don't. */
+static bool vfux_conn_make_room(vfu_conn *conn, size_t len)
+{
+    if (conn->tx_start && conn->tx_capacity - conn->tx_end < len) {
+        memmove(conn->tx, conn->tx + conn->tx_start, vfux_conn_waiting(conn));
+        conn->tx_at += conn->tx_start;
+        conn->tx_end -= conn->tx_start;
+        conn->tx_start = 0;
+    }
+    return conn->tx_capacity - conn->tx_end >= len;
+}
+
+/* Queues one message without a system call, for a flush to send it with others. 0; -EAGAIN: it doesn't fit; or what fcntl()
+ * says. */
+static int vfux_conn_put(vfu_conn *conn, const void *head, size_t head_len, const void *data, size_t data_len, const int *fds,
+                         unsigned fd_count)
+{
+    vfu_slice slices[2] = {{head, head_len}, {data, data_len}};
+    if (fd_count > VFU_FDS_MAX)
+        return -EMSGSIZE;
+    if (!vfux_conn_make_room(conn, head_len + data_len) || (fd_count && conn->tx_batch_count == VFUX_BATCHES))
+        return -EAGAIN;
+    return vfux_conn_queue(conn, slices, 0, fds, fd_count);
+}
+
 VFU_API int vfu_conn_send(vfu_conn *conn, const void *head, size_t head_len, const void *data, size_t data_len, const int *fds,
                           unsigned fd_count)
 {
@@ -4225,14 +4416,8 @@ VFU_API int vfu_conn_send(vfu_conn *conn, const void *head, size_t head_len, con
         if (sent == total)
             return 0;
     }
-    if (conn->tx_start && conn->tx_capacity - conn->tx_end < total - sent) {
-        memmove(conn->tx, conn->tx + conn->tx_start, conn->tx_end - conn->tx_start);
-        conn->tx_at += conn->tx_start;
-        conn->tx_end -= conn->tx_start;
-        conn->tx_start = 0;
-    }
     unsigned fds_left = sent ? 0 : fd_count;
-    if (conn->tx_capacity - conn->tx_end < total - sent || (fds_left && conn->tx_batch_count == VFUX_BATCHES))
+    if (!vfux_conn_make_room(conn, total - sent) || (fds_left && conn->tx_batch_count == VFUX_BATCHES))
         return -EAGAIN; /* only if something waited before: an empty queue has room */
     return vfux_conn_queue(conn, slices, sent, fds, fds_left);
 }
@@ -6315,7 +6500,7 @@ static int vfux_on_write_multi(vfu_dev *dev, const vfu_msg *request, vfux_answer
 
 /* The next state on the shortest way from one state to another that has no saving state (PRE_COPY, STOP_COPY) in between; 0:
  * none. */
-static vfu_mig_state vfux_mig_next(const vfu_dev *dev, vfu_mig_state from, vfu_mig_state to)
+static vfu_mig_state vfux_mig_next(bool pre_copy, vfu_mig_state from, vfu_mig_state to)
 {
     enum { ERR = VFU_MIG_STATE_ERROR, STOP = VFU_MIG_STATE_STOP, RUN = VFU_MIG_STATE_RUNNING, COPY = VFU_MIG_STATE_STOP_COPY };
     enum { LOAD = VFU_MIG_STATE_RESUMING, PRE = VFU_MIG_STATE_PRE_COPY };
@@ -6325,7 +6510,7 @@ static vfu_mig_state vfux_mig_next(const vfu_dev *dev, vfu_mig_state from, vfu_m
         [COPY] = {ERR, STOP, STOP, COPY, STOP, ERR, ERR, ERR}, [LOAD] = {ERR, STOP, STOP, STOP, LOAD, ERR, STOP, ERR},
         [PRE] = {ERR, RUN, RUN, COPY, RUN, ERR, PRE, ERR},
     };
-    if ((unsigned)to >= VFUX_MIG_STATES || (to == VFU_MIG_STATE_PRE_COPY && !dev->desc.migration.pre_copy))
+    if ((unsigned)to >= VFUX_MIG_STATES || (to == VFU_MIG_STATE_PRE_COPY && !pre_copy))
         return VFU_MIG_STATE_ERROR;
     return (vfu_mig_state)next[from][to];
 }
@@ -6335,7 +6520,7 @@ static int vfux_mig_advance(vfu_dev *dev)
 {
     int err = 0;
     while (!err && dev->mig_state != dev->mig_wanted) {
-        vfu_mig_state next = vfux_mig_next(dev, dev->mig_state, dev->mig_wanted);
+        vfu_mig_state next = vfux_mig_next(dev->desc.migration.pre_copy, dev->mig_state, dev->mig_wanted);
         err = dev->desc.migration.change(dev->desc.ctx, dev->mig_state, next);
         if (err == -ENOTRECOVERABLE)
             dev->mig_state = VFU_MIG_STATE_ERROR;
@@ -6354,7 +6539,7 @@ static int vfux_mig_set(vfu_dev *dev, const vfu_msg *request)
         return -EINVAL;
     }
     vfu_mig_state wanted = (vfu_mig_state)wire.state;
-    if (wire.state >= VFUX_MIG_STATES || !vfux_mig_next(dev, dev->mig_state, wanted)) {
+    if (wire.state >= VFUX_MIG_STATES || !vfux_mig_next(dev->desc.migration.pre_copy, dev->mig_state, wanted)) {
         dev->why = "there is no way to that migration state";
         return -EINVAL;
     }
@@ -6606,7 +6791,7 @@ static int vfux_pending_finish(vfu_dev *dev)
         if (err == -ENOTRECOVERABLE)
             dev->mig_state = VFU_MIG_STATE_ERROR;
         if (!err) {
-            dev->mig_state = vfux_mig_next(dev, dev->mig_state, dev->mig_wanted);
+            dev->mig_state = vfux_mig_next(dev->desc.migration.pre_copy, dev->mig_state, dev->mig_wanted);
             err = vfux_mig_advance(dev);
         }
     } else {
@@ -7272,29 +7457,388 @@ VFU_API void vfu_dev_set_intx(vfu_dev *dev, bool level)
 
 /* ==== client ============================================================================================================= */
 
+enum {
+    VFUX_IN_FLIGHT_DEFAULT = 64,
+    VFUX_IN_FLIGHT_MAX = 4096,
+    VFUX_QUEUED_MAX = 16 << 10, /* bytes of a message that is copied to leave with others; larger ones are sent at once */
+    VFUX_FLUSH_AT = 64 << 10,   /* bytes that wait for flush, poll or wait */
+    VFUX_CLIENT_BUDGET = 1024,  /* messages handled by one poll */
+    VFUX_CLIENT_WINDOWS = 1024, /* areas of a region that are mapped */
+    VFUX_CLIENT_IO_FDS = 1024,  /* of a region that are used */
+    VFUX_IO_FD_SHADOW = 2,      /* libvfio-user's ioeventfd with a shadow, in entries of 48 bytes */
+    VFUX_CONNECT_PAUSE_MS = 5   /* between attempts to connect to a server whose backlog is full */
+};
+
+#define VFUX_FUSE 0x65735546u /* FUSE_SUPER_MAGIC of linux/magic.h */
+
+typedef enum vfux_call_state { VFUX_CALL_FREE, VFUX_CALL_FLIGHT, VFUX_CALL_DONE } vfux_call_state;
+
+/* A request from its submission until its completion is taken. */
+typedef struct vfux_call {
+    vfux_call_state state;
+    uint32_t next, prev; /* in the list of its state, as index + 1; 0: the end */
+    vfu_msg request;     /* its views are dead */
+    uint64_t deadline;   /* ms */
+    uint32_t order;      /* counts submissions */
+    void *buf;
+    size_t room;
+    int *received;
+    unsigned max_received;
+    bool in_place; /* vfu_client_call's: the reply's views stay in the frame, and nothing behind it is handled yet */
+    vfu_completion done;
+} vfux_call;
+
+typedef struct vfux_call_list {
+    uint32_t first, last; /* index + 1 */
+} vfux_call_list;
+
+/* One end of a socket to the server: the main one or the twin. */
+typedef struct vfux_line {
+    vfu_conn *conn; /* NULL: there is none */
+    vfu_frame frame;
+    uint64_t taken; /* bytes that the server had taken when it was last looked, while others wait */
+    uint64_t until; /* ms; it must take some by then. 0: nothing waits */
+} vfux_line;
+
+/* A file that mappings share, for reconnecting. */
+typedef struct vfux_told_file {
+    struct vfux_told_file *next;
+    dev_t dev;
+    ino_t ino;
+    int access, fd;
+    uint32_t refs;
+} vfux_told_file;
+
+/* A mapping as the server was told. */
+typedef struct vfux_told {
+    vfux_told_file *file; /* NULL: without a descriptor */
+    uint64_t offset;
+} vfux_told;
+
+/* Interrupts of an index as the server was told. */
+typedef struct vfux_told_irq {
+    struct vfux_told_irq *next;
+    uint32_t index, count;
+    uint32_t action; /* VFU_IRQ_SET_ACTION_* */
+    int *fds;        /* count; -1: none */
+} vfux_told_irq;
+
+typedef struct vfux_direct_window {
+    uint64_t offset, size; /* in the region */
+    uint8_t *base;
+} vfux_direct_window;
+
+typedef struct vfux_direct_io {
+    vfu_client_io_fd io;
+    int fd;
+    uint8_t *shadow;  /* where the value goes; NULL: nowhere */
+    void *shadow_map; /* what to unmap */
+    size_t shadow_len;
+} vfux_direct_io;
+
+/* A region that was asked for: what the server said, and how it is accessed. */
+typedef struct vfux_known {
+    struct vfux_known *next;
+    uint32_t index, how;
+    vfu_client_region said; /* fd is -1; areas are ours */
+    vfux_direct_window *windows;
+    uint32_t window_count, window_room;
+    vfux_direct_io *ios;
+    uint32_t io_count, io_room;
+} vfux_known;
+
 struct vfu_client {
     vfu_client_desc desc; /* with the defaults filled in */
-    vfu_conn *conn;       /* NULL: of no more use */
-    vfu_frame frame;
+    vfux_line main, twin; /* main.conn NULL: of no more use */
     vfu_caps server;
     uint32_t server_xfer; /* bytes of data that the server takes in one message */
-    uint16_t next_id;
     vfu_iommu *iommu;
     vfu_iommu_reader *reader;
-    uint8_t *data; /* max_data_xfer_size bytes, for DMA_READ */
+    uint8_t *data; /* max_data_xfer_size bytes, for DMA_READ, and for payloads that are put together */
+
+    vfux_call *calls; /* max_in_flight, and one for vfu_client_call */
+    uint32_t call_count;
+    vfux_call_list free, flight, done;
+    unsigned in_flight; /* submitted and not taken, without vfu_client_call's */
+    uint16_t next_id;
+    uint16_t *ids; /* by the low bits of an id: index + 1 of its call; 0: none. No two ids in use share those bits */
+    uint32_t id_mask;
+    uint32_t submitted, posted; /* submissions so far, and the number of the last one that was posted */
+    bool posted_waits;          /* no reply to a later one has come */
+    bool more;                  /* something in the buffers is not handled yet */
+
+    vfu_wire_sparse_area *areas; /* of the region that was asked for last */
+    uint32_t area_room;
+    vfu_wire_device_info info; /* as it was asked for last */
+    bool info_known;
+    vfux_known *known;
+    vfu_iommu *told; /* mappings as the server was told, without those made by hand; NULL: !reconnects */
+    vfux_told_file *told_files;
+    vfux_told_irq *told_irqs;
 };
+
+/* ---- requests under way ------------------------------------------------------------------------------------------------- */
+
+static vfux_call *vfux_call_at(vfu_client *client, uint32_t link) { return link ? &client->calls[link - 1] : NULL; }
+
+static void vfux_calls_append(vfu_client *client, vfux_call_list *list, vfux_call *call)
+{
+    uint32_t link = (uint32_t)(call - client->calls) + 1;
+    call->next = 0;
+    call->prev = list->last;
+    if (list->last)
+        client->calls[list->last - 1].next = link;
+    else
+        list->first = link;
+    list->last = link;
+}
+
+static void vfux_calls_remove(vfu_client *client, vfux_call_list *list, vfux_call *call)
+{
+    if (call->prev)
+        client->calls[call->prev - 1].next = call->next;
+    else
+        list->first = call->next;
+    if (call->next)
+        client->calls[call->next - 1].prev = call->prev;
+    else
+        list->last = call->prev;
+}
+
+/* The call with that id, or NULL. */
+static vfux_call *vfux_call_find(vfu_client *client, uint16_t id)
+{
+    vfux_call *call = vfux_call_at(client, client->ids[id & client->id_mask]);
+    return call && call->done.id == id ? call : NULL;
+}
+
+static void vfux_call_complete(vfu_client *client, vfux_call *call, int result)
+{
+    vfux_calls_remove(client, &client->flight, call);
+    call->state = VFUX_CALL_DONE;
+    call->done.result = result;
+    vfux_calls_append(client, &client->done, call);
+}
+
+static void vfux_call_release(vfu_client *client, vfux_call *call)
+{
+    client->ids[call->done.id & client->id_mask] = 0;
+    vfux_calls_remove(client, call->state == VFUX_CALL_DONE ? &client->done : &client->flight, call);
+    call->state = VFUX_CALL_FREE;
+    vfux_calls_append(client, &client->free, call);
+}
+
+static void vfux_line_close(vfux_line *line)
+{
+    vfux_frame_release(&line->frame);
+    vfu_conn_destroy(line->conn);
+    line->conn = NULL;
+    line->until = 0;
+}
 
 /* The connection is of no more use. */
 static int vfux_client_break(vfu_client *client, int err, const char *why)
 {
+    if (err == -ECONNRESET)
+        err = -EPIPE;
     if (err == -EPROTO || err == -ETIMEDOUT)
         vfux_say(&client->desc.logger, VFU_LEVEL_WARNING, "the server is given up: %s", why);
-    vfux_close_all(client->frame.fds, client->frame.fd_count);
-    client->frame.fd_count = 0;
-    vfu_conn_destroy(client->conn);
-    client->conn = NULL;
+    vfux_line_close(&client->main);
+    vfux_line_close(&client->twin);
+    client->more = client->posted_waits = false;
+    while (client->flight.first)
+        vfux_call_complete(client, vfux_call_at(client, client->flight.first), err);
     return err;
 }
+
+/* ---- what the server says ----------------------------------------------------------------------------------------------- */
+
+/* Are the areas of a region info reply inside the region, and the file offsets below 2^63? */
+static bool vfux_client_areas_fit(const vfu_msg *reply)
+{
+    vfu_region_cap cap = {0};
+    vfu_wire_sparse_area area;
+    uint64_t size = reply->u.region_info.size;
+    uint32_t count;
+    while (vfu_msg_next_cap(reply, &cap)) {
+        if (cap.id != VFU_REGION_CAP_SPARSE_MMAP)
+            continue;
+        if (vfu_region_cap_areas(&cap, &count))
+            return false;
+        for (uint32_t i = 0; i < count; i++)
+            if (vfu_region_cap_area(&cap, i, &area) || area.size > size || area.offset > size - area.size)
+                return false;
+    }
+    return !(reply->u.region_info.flags & VFU_REGION_INFO_MMAP) ||
+           (reply->u.region_info.offset <= INT64_MAX && size <= INT64_MAX - reply->u.region_info.offset);
+}
+
+static const char *vfux_client_check_region_info(const vfu_msg *request, const vfu_msg *reply, unsigned fd_count)
+{
+    if (reply->u.region_info.index != request->u.region_info.index)
+        return "a reply is about another region";
+    if (!vfux_client_areas_fit(reply))
+        return "a region's areas are impossible";
+    if (reply->u.region_info.flags & VFU_REGION_INFO_MMAP && !reply->u.region_info.truncated && !fd_count)
+        return "a region that can be mapped comes without its descriptor";
+    return NULL;
+}
+
+/* Copies entry i, of the specification's 40 bytes or libvfio-user's 48. */
+static int vfux_client_io_fd(const vfu_msg *reply, uint32_t i, vfu_client_io_fd *out)
+{
+    vfu_wire_sub_region entry;
+    int err = vfu_msg_sub_region(reply, i, &entry);
+    if (err)
+        return err;
+    *out = (vfu_client_io_fd){.offset = entry.offset,
+                              .size = entry.size,
+                              .type = entry.type,
+                              .flags = entry.flags,
+                              .data = entry.data,
+                              .fd_index = entry.fd_index,
+                              .shadow_index = -1};
+    if (reply->u.region_io_fds.stride < sizeof(entry) + 8 || entry.type == VFU_IO_FD_IOREGIONFD)
+        return 0;
+    memcpy(&out->data, reply->u.region_io_fds.data + (size_t)i * reply->u.region_io_fds.stride + sizeof(entry), 8);
+    if (entry.type == VFUX_IO_FD_SHADOW) {
+        out->shadow_index = entry.padding <= INT_MAX ? (int)entry.padding : INT_MAX;
+        out->shadow_offset = entry.data;
+    }
+    return 0;
+}
+
+static const char *vfux_client_check_io_fds(const vfu_msg *request, const vfu_msg *reply, unsigned fd_count)
+{
+    vfu_client_io_fd io;
+    if (reply->u.region_io_fds.index != request->u.region_io_fds.index)
+        return "a reply is about another region";
+    for (uint32_t i = 0; vfux_client_io_fd(reply, i, &io) == 0; i++) {
+        if (io.fd_index >= fd_count || (io.shadow_index >= 0 && (unsigned)io.shadow_index >= fd_count))
+            return "a sub-region names a descriptor that didn't come";
+        if (io.size > UINT64_MAX - io.offset)
+            return "a sub-region wraps";
+    }
+    return NULL;
+}
+
+/* Bytes of the bitmap that a LOGGING_REPORT asks for; 0: impossible. */
+static uint64_t vfux_client_bitmap_len(const vfu_wire_feature_log_report *report)
+{
+    if (!vfux_is_range(report->iova, report->length) || !vfux_is_power_of_two(report->page_size))
+        return 0;
+    return ((report->length - 1) / report->page_size / 64 + 1) * 8;
+}
+
+static const char *vfux_client_check_feature(const vfu_msg *request, const vfu_msg *reply)
+{
+    vfu_wire_feature_migration migration;
+    vfu_wire_feature_mig_state state;
+    vfu_wire_feature_log_report report;
+    const uint8_t *bitmap;
+    uint32_t len;
+    bool short_of = false;
+    if (reply->u.feature.flags != request->u.feature.flags)
+        return "a reply is about another feature";
+    if (!(reply->u.feature.flags & VFU_FEATURE_GET) || reply->u.feature.flags & VFU_FEATURE_PROBE)
+        return NULL;
+    switch (reply->u.feature.flags & VFU_FEATURE_INDEX_MASK) {
+    case VFU_FEATURE_MIGRATION: short_of = vfu_feature_migration(reply, &migration) != 0; break;
+    case VFU_FEATURE_MIG_STATE: short_of = vfu_feature_mig_state(reply, &state) != 0; break;
+    case VFU_FEATURE_LOGGING_REPORT:
+        short_of = vfu_feature_log_report(reply, &report, &bitmap, &len) != 0 ||
+                   (reply->u.feature.argsz <= request->u.feature.argsz && len != vfux_client_bitmap_len(&report));
+        break;
+    default: break;
+    }
+    return short_of ? "a feature's payload is too short" : NULL;
+}
+
+/* What is wrong with a reply that was decoded; NULL: nothing. */
+static const char *vfux_client_check(const vfu_msg *request, const vfu_msg *reply, unsigned fd_count)
+{
+    if (reply->cmd != request->cmd)
+        return "a reply is to another command";
+    if (vfu_msg_is_error(reply))
+        return NULL;
+    switch (reply->cmd) {
+    case VFU_CMD_DMA_UNMAP:
+        return reply->u.dma_unmap.address != request->u.dma_unmap.address ? "a reply is about other memory" : NULL;
+    case VFU_CMD_DEVICE_GET_REGION_INFO: return vfux_client_check_region_info(request, reply, fd_count);
+    case VFU_CMD_DEVICE_GET_REGION_IO_FDS: return vfux_client_check_io_fds(request, reply, fd_count);
+    case VFU_CMD_DEVICE_GET_IRQ_INFO:
+        return reply->u.irq_info.index != request->u.irq_info.index ? "a reply is about another IRQ index" : NULL;
+    case VFU_CMD_REGION_READ:
+    case VFU_CMD_REGION_WRITE:
+        return reply->u.region.region != request->u.region.region || reply->u.region.offset != request->u.region.offset ||
+                       reply->u.region.count != request->u.region.count
+                   ? "a reply is about another access"
+                   : NULL;
+    case VFU_CMD_REGION_WRITE_MULTI:
+        return reply->u.write_multi.count > request->u.write_multi.count ? "more writes were done than asked for" : NULL;
+    case VFU_CMD_DEVICE_FEATURE: return vfux_client_check_feature(request, reply);
+    case VFU_CMD_MIG_DATA_READ:
+        return reply->u.mig_data.size > request->u.mig_data.size ? "more migration data than asked for" : NULL;
+    default: return NULL;
+    }
+}
+
+/* Points a reply's data, which vfux_msg_tail gives, somewhere else. */
+static void vfux_msg_set_tail(vfu_msg *msg, const uint8_t *data, uint32_t len)
+{
+    switch (msg->cmd) {
+    case VFU_CMD_DMA_UNMAP: msg->u.dma_unmap.data = data, msg->u.dma_unmap.data_len = len; break;
+    case VFU_CMD_DEVICE_GET_REGION_INFO: msg->u.region_info.data = data, msg->u.region_info.data_len = len; break;
+    case VFU_CMD_DEVICE_GET_REGION_IO_FDS: msg->u.region_io_fds.data = data, msg->u.region_io_fds.data_len = len; break;
+    case VFU_CMD_DEVICE_SET_IRQS: msg->u.irq_set.data = data, msg->u.irq_set.data_len = len; break;
+    case VFU_CMD_REGION_READ:
+    case VFU_CMD_REGION_WRITE: msg->u.region.data = data, msg->u.region.data_len = len; break;
+    case VFU_CMD_REGION_WRITE_MULTI: msg->u.write_multi.data = data, msg->u.write_multi.data_len = len; break;
+    case VFU_CMD_DEVICE_FEATURE: msg->u.feature.data = data, msg->u.feature.data_len = len; break;
+    case VFU_CMD_MIG_DATA_READ:
+    case VFU_CMD_MIG_DATA_WRITE: msg->u.mig_data.data = data, msg->u.mig_data.data_len = len; break;
+    default: break;
+    }
+}
+
+/* Moves the reply's data to the request's buffer. */
+static int vfux_call_keep(vfux_call *call)
+{
+    size_t len;
+    const void *data = vfux_msg_tail(&call->done.reply, &len);
+    int err = len > call->room ? -EMSGSIZE : 0;
+    if (!err && len)
+        memcpy(call->buf, data, len);
+    vfux_msg_set_tail(&call->done.reply, !err && len ? call->buf : NULL, err ? 0 : (uint32_t)len);
+    return err;
+}
+
+/* Completes the request that a message from the server answers. */
+static int vfux_client_reply(vfu_client *client, const vfu_msg *reply, int decoded)
+{
+    vfux_call *call = vfux_call_find(client, reply->id);
+    vfu_frame *frame = &client->main.frame;
+    if (!call || call->state != VFUX_CALL_FLIGHT) /* late: its request has timed out, or there was none */
+        return vfux_client_break(client, -EPROTO, "a reply to nothing that was asked");
+    const char *why = decoded ? "a reply is malformed" : vfux_client_check(&call->request, reply, frame->fd_count);
+    if (why)
+        return vfux_client_break(client, -EPROTO, why);
+    call->done.reply = *reply;
+    for (; !vfu_msg_is_error(reply) && call->done.fd_count < call->max_received && call->done.fd_count < frame->fd_count;
+         call->done.fd_count++) {
+        call->received[call->done.fd_count] = frame->fds[call->done.fd_count];
+        frame->fds[call->done.fd_count] = -1;
+    }
+    int result = call->in_place ? 0 : vfux_call_keep(call);
+    if (vfu_msg_is_error(reply))
+        result = reply->error > 0 && reply->error < 4096 ? -(int)reply->error : -EIO;
+    if (client->posted_waits && (int32_t)(call->order - client->posted) > 0)
+        client->posted_waits = false;
+    vfux_call_complete(client, call, result);
+    return 0;
+}
+
+/* ---- what the device asks ----------------------------------------------------------------------------------------------- */
 
 /* Serves DMA_READ or DMA_WRITE from the client's own table: 0, or the negative errno of the error reply. */
 static int vfux_client_access(vfu_client *client, const vfu_msg *command, vfu_msg *reply)
@@ -7318,8 +7862,34 @@ static int vfux_client_access(vfu_client *client, const vfu_msg *command, vfu_ms
     return err;
 }
 
-/* Answers a command of the server. */
-static int vfux_client_command(vfu_client *client, const vfu_msg *command, int decoded)
+/* Sends a message, or puts it to those that wait to leave together. -EAGAIN: more than `limit` bytes would wait. */
+static int vfux_client_put(vfu_conn *conn, const vfu_msg *msg, const int *fds, unsigned fd_count, size_t limit)
+{
+    size_t data_len;
+    const void *data = vfux_msg_tail(msg, &data_len);
+    uint8_t head[VFU_HDR_SIZE + 8 + VFU_CAPS_WRITE_MAX];
+    int len = vfu_msg_encode_head(msg, head, sizeof(head)), err = 0;
+    if (len < 0)
+        return -EINVAL;
+    size_t total = (size_t)len + data_len;
+    if (total > conn->max_msg)
+        return -EINVAL;
+    bool alone = fd_count || total > VFUX_QUEUED_MAX;
+    if (alone || vfux_conn_waiting(conn) + total > vfux_min(limit, VFUX_FLUSH_AT))
+        err = vfu_conn_flush(conn);
+    if (err && err != -EAGAIN)
+        return err;
+    if (alone && !vfu_conn_is_waiting(conn))
+        return vfu_conn_send(conn, head, (size_t)len, data, data_len, fds, fd_count);
+    return vfux_conn_waiting(conn) + total > limit ? -EAGAIN
+                                                   : vfux_conn_put(conn, head, (size_t)len, data, data_len, fds, fd_count);
+}
+
+/* Is there room for the largest answer to a request of the device? Requests of ours leave it, since they stop at max_msg. */
+static bool vfux_client_can_answer(const vfu_conn *conn) { return conn->tx_capacity - vfux_conn_waiting(conn) >= conn->max_msg; }
+
+/* Answers a command of the server; there is room for the answer. */
+static int vfux_client_command(vfu_client *client, vfu_conn *conn, const vfu_msg *command, int decoded)
 {
     vfu_msg reply;
     vfu_msg_init_reply(&reply, command, 0);
@@ -7331,106 +7901,409 @@ static int vfux_client_command(vfu_client *client, const vfu_msg *command, int d
     }
     if (!vfu_msg_wants_reply(command))
         return 0;
-    err = vfux_conn_send_msg(client->conn, &reply, NULL, 0);
-    return err == -EAGAIN ? vfux_client_break(client, -EPROTO, "it asks and doesn't take the answers")
-           : err          ? vfux_client_break(client, err, "")
-                          : 0;
+    err = vfux_client_put(conn, &reply, NULL, 0, conn->tx_capacity);
+    return err ? vfux_client_break(client, err, "") : 0;
 }
 
-/* Takes the next message that is there; commands are answered at once. 1: *msg is a reply; 0: nothing complete is there. */
-static int vfux_client_next(vfu_client *client, vfu_msg *msg, int *decoded)
+/* ---- moving messages ---------------------------------------------------------------------------------------------------- */
+
+/* Handles what is in the buffer of a line, until `stop` is completed (NULL: all of it, up to the budget). Negative: broken. */
+static int vfux_client_handle(vfu_client *client, vfux_line *line, const vfux_call *stop)
 {
-    for (;;) {
-        int got = vfu_conn_next(client->conn, &client->frame);
+    vfu_msg msg;
+    for (unsigned handled = 0; line->conn; handled++) {
+        if (handled == VFUX_CLIENT_BUDGET || (stop && stop->state == VFUX_CALL_DONE)) {
+            client->more = true;
+            return 0;
+        }
+        if (!vfux_client_can_answer(line->conn))
+            vfu_conn_flush(line->conn); /* an error will be seen by the next flush */
+        int got = vfux_client_can_answer(line->conn) ? vfu_conn_next(line->conn, &line->frame)
+                                                     : vfux_conn_next_reply(line->conn, &line->frame);
         if (got < 0)
             return vfux_client_break(client, -EPROTO, "a message has an impossible size");
         if (!got)
             return 0;
-        *decoded = vfu_msg_decode_dma(client->frame.bytes, client->frame.len, VFU_DMA_LAYOUT_SPEC, msg);
-        if (*decoded == -EBADMSG)
+        int decoded = vfu_msg_decode_dma(line->frame.bytes, line->frame.len, VFU_DMA_LAYOUT_SPEC, &msg);
+        if (decoded == -EBADMSG)
             return vfux_client_break(client, -EPROTO, "a message is neither command nor reply");
-        if (vfu_msg_is_reply(msg))
-            return 1;
-        int err = vfux_client_command(client, msg, *decoded);
+        if (vfu_msg_is_reply(&msg) && line == &client->twin)
+            return vfux_client_break(client, -EPROTO, "a reply comes over the twin socket");
+        int err = vfu_msg_is_reply(&msg) ? vfux_client_reply(client, &msg, decoded)
+                                         : vfux_client_command(client, line->conn, &msg, decoded);
         if (err)
             return err;
     }
+    return -EPIPE;
+}
+
+static int vfux_client_handle_all(vfu_client *client, const vfux_call *stop)
+{
+    client->more = false;
+    int err = vfux_client_handle(client, &client->main, stop);
+    if (!err && client->twin.conn)
+        err = vfux_client_handle(client, &client->twin, NULL);
+    return err;
+}
+
+/* Sends what waits, and notes until when the server has to take some of it. 0, -EAGAIN, or another errno. */
+static int vfux_line_flush(vfu_client *client, vfux_line *line)
+{
+    if (!line->conn || !vfu_conn_is_waiting(line->conn)) {
+        line->until = 0;
+        return 0;
+    }
+    int err = vfu_conn_flush(line->conn);
+    uint64_t taken = line->conn->tx_at + line->conn->tx_start;
+    if (!err)
+        line->until = 0;
+    else if (!line->until || taken != line->taken)
+        line->until = vfux_now_ms() + client->desc.timeout_ms;
+    line->taken = taken;
+    return err;
+}
+
+/* Receives once and handles it. Negative: broken. */
+static int vfux_client_receive(vfu_client *client, vfux_line *line, const vfux_call *stop)
+{
+    int got = line->conn ? vfu_conn_receive(line->conn) : -EAGAIN;
+    if (got < 0 && got != -EAGAIN && got != -ENOBUFS)
+        return vfux_client_break(client, got == -EBADMSG ? -EPROTO : got, "descriptors were lost");
+    return got > 0 ? vfux_client_handle(client, line, stop) : 0;
+}
+
+/* The server takes no more. What it has answered before still counts, and first of all the reply to `stop`: while that one is in
+ * the frame, the connection stays. 0, or negative: broken. */
+static int vfux_client_lost(vfu_client *client, int err, const vfux_call *stop)
+{
+    while (client->main.conn && !(stop && stop->state == VFUX_CALL_DONE)) {
+        if (vfu_conn_receive(client->main.conn) <= 0)
+            return vfux_client_break(client, err, "");
+        vfux_client_handle(client, &client->main, stop);
+    }
+    return client->main.conn ? 0 : -EPIPE;
+}
+
+/* Flushes both lines; what they don't take stays. Negative: broken. */
+static int vfux_client_flush_all(vfu_client *client, const vfux_call *stop)
+{
+    int err = vfux_line_flush(client, &client->main), twin = vfux_line_flush(client, &client->twin);
+    if (!err || err == -EAGAIN)
+        err = twin;
+    return !err || err == -EAGAIN ? 0 : vfux_client_lost(client, err, stop);
+}
+
+/* Until when the server has to do something, in ms; UINT64_MAX: it need not. */
+static uint64_t vfux_client_deadline(vfu_client *client)
+{
+    uint64_t until = UINT64_MAX;
+    if (client->flight.first)
+        until = vfux_call_at(client, client->flight.first)->deadline; /* they are in order */
+    if (client->main.until)
+        until = vfux_min(until, client->main.until);
+    if (client->twin.until)
+        until = vfux_min(until, client->twin.until);
+    return until;
+}
+
+static int vfux_client_expire(vfu_client *client)
+{
+    uint64_t until = vfux_client_deadline(client);
+    return until != UINT64_MAX && vfux_now_ms() >= until ? vfux_client_break(client, -ETIMEDOUT, "it is silent, or takes nothing")
+                                                         : 0;
 }
 
 static int vfux_client_left_ms(uint64_t until)
 {
     uint64_t now = vfux_now_ms();
-    return until == UINT64_MAX ? -1 : now >= until ? 0 : (int)(until - now);
+    return until == UINT64_MAX ? -1 : now >= until ? 0 : (int)vfux_min(until - now, INT_MAX);
 }
 
-/* Sends what waits and receives what comes, or waits for either. 1: wake_fd is readable; 0; -ETIMEDOUT; or the connection is
- * broken. */
-static int vfux_client_wait(vfu_client *client, int wake_fd, uint64_t until)
+/* Waits until something can be done, wake_fd is readable or `until` has passed, and does it. 1: wake_fd is readable; 0: not
+ * yet; negative: broken. */
+static int vfux_client_step(vfu_client *client, int wake_fd, uint64_t until, const vfux_call *stop)
 {
-    bool waiting = vfu_conn_is_waiting(client->conn);
-    struct pollfd fds[2] = {
-        {.fd = vfu_conn_fd(client->conn), .events = (short)(POLLIN | (waiting ? POLLOUT : 0))},
-        {.fd = wake_fd, .events = POLLIN},
+    vfu_pollfd wanted[VFU_CLIENT_FDS];
+    struct pollfd fds[VFU_CLIENT_FDS + 1];
+    int err = vfux_client_flush_all(client, stop);
+    if (!err && client->more)
+        err = vfux_client_handle_all(client, stop);
+    if (err || (stop && stop->state == VFUX_CALL_DONE))
+        return err ? err : vfux_client_flush_all(client, stop); /* answers to the device */
+    unsigned count = vfu_client_fds(client, wanted);
+    for (unsigned i = 0; i < count; i++)
+        fds[i] = (struct pollfd){.fd = wanted[i].fd, .events = wanted[i].events};
+    fds[count] = (struct pollfd){.fd = wake_fd, .events = POLLIN};
+    int ready =
+        poll(fds, count + (wake_fd >= 0), client->more ? 0 : vfux_client_left_ms(vfux_min(until, vfux_client_deadline(client))));
+    if (ready < 0 && errno != EINTR)
+        return vfux_client_break(client, -errno, "");
+    if (ready > 0 && fds[0].revents & ~POLLOUT)
+        err = vfux_client_receive(client, &client->main, stop);
+    if (!err && ready > 0 && count > 1 && fds[1].revents & ~POLLOUT)
+        err = vfux_client_receive(client, &client->twin, NULL);
+    if (!err)
+        err = vfux_client_flush_all(client, stop); /* answers to the device */
+    if (!err && !(stop && stop->state == VFUX_CALL_DONE))
+        err = vfux_client_expire(client);
+    return err ? err : ready > 0 && wake_fd >= 0 && fds[count].revents;
+}
+
+VFU_API unsigned vfu_client_fds(vfu_client *client, vfu_pollfd fds[VFU_CLIENT_FDS])
+{
+    vfux_line *lines[VFU_CLIENT_FDS] = {&client->main, &client->twin};
+    unsigned count = 0;
+    for (unsigned i = 0; i < VFU_CLIENT_FDS; i++) {
+        vfu_conn *conn = lines[i]->conn;
+        if (conn)
+            fds[count++] = (vfu_pollfd){vfu_conn_fd(conn), (short)((vfux_conn_has_room(conn) ? POLLIN : 0) |
+                                                                   (vfu_conn_is_waiting(conn) ? POLLOUT : 0))};
+    }
+    return count;
+}
+
+VFU_API int vfu_client_timeout(vfu_client *client)
+{
+    return client->more || client->done.first ? 0 : vfux_client_left_ms(vfux_client_deadline(client));
+}
+
+VFU_API int vfu_client_flush(vfu_client *client)
+{
+    int err = client->main.conn ? vfux_client_flush_all(client, NULL) : -EPIPE;
+    if (err)
+        return err;
+    return client->main.until || client->twin.until ? -EAGAIN : 0;
+}
+
+/* ---- submitting and taking ---------------------------------------------------------------------------------------------- */
+
+/* Sends a command, or has it wait to be sent. Returns its id, which is free; -EAGAIN, -EINVAL, or negative: broken. */
+static int vfux_client_start(vfu_client *client, vfu_msg *msg, const int *fds, unsigned fd_count)
+{
+    while (client->ids[client->next_id & client->id_mask]) /* fewer are in use than there are */
+        client->next_id++;
+    msg->id = client->next_id++;
+    if (!client->main.conn)
+        return -EPIPE;
+    int err = fd_count > client->server.max_msg_fds
+                  ? -EINVAL
+                  : vfux_client_put(client->main.conn, msg, fds, fd_count, client->main.conn->max_msg);
+    if (err == -EMSGSIZE)
+        err = -EINVAL; /* more descriptors than anybody takes */
+    if (err && err != -EAGAIN && err != -EINVAL)
+        err = vfux_client_lost(client, err, NULL);
+    if (!err)
+        client->submitted++;
+    return err ? err : msg->id;
+}
+
+/* Notes a command that was started, for its reply. */
+static vfux_call *vfux_call_start(vfu_client *client, const vfu_msg *msg)
+{
+    vfux_call *call = vfux_call_at(client, client->free.first);
+    vfux_calls_remove(client, &client->free, call);
+    *call = (vfux_call){
+        .state = VFUX_CALL_FLIGHT,
+        .request = *msg,
+        .deadline = vfux_now_ms() + client->desc.timeout_ms,
+        .order = client->submitted,
+        .done = {.id = msg->id},
     };
-    int ready = poll(fds, wake_fd >= 0 ? 2 : 1, vfux_client_left_ms(until));
-    if (ready < 0)
-        return errno == EINTR ? 0 : -errno;
-    if (!ready)
-        return -ETIMEDOUT;
-    int err = vfu_conn_flush(client->conn);
-    if (!err || err == -EAGAIN)
-        err = fds[0].revents & (POLLIN | POLLHUP | POLLERR) ? vfu_conn_receive(client->conn) : 0;
-    if (err < 0 && err != -EAGAIN && err != -ENOBUFS)
-        return vfux_client_break(client, err == -EBADMSG ? -EPROTO : err == -ECONNRESET ? -EPIPE : err, "descriptors were lost");
-    return fds[1].revents != 0;
+    client->ids[msg->id & client->id_mask] = (uint16_t)(call - client->calls + 1);
+    vfux_calls_append(client, &client->flight, call);
+    return call;
+}
+
+VFU_API int vfu_client_submit(vfu_client *client, const vfu_client_request *request)
+{
+    vfu_msg msg = request->msg;
+    bool posted = msg.flags == VFU_HDR_NO_REPLY;
+    for (unsigned i = 0; i < request->max_received; i++)
+        request->received[i] = -1;
+    if ((msg.flags && !posted) || msg.cmd == VFU_CMD_VERSION)
+        return -EINVAL;
+    if ((msg.cmd == VFU_CMD_REGION_READ && request->room < msg.u.region.count) ||
+        (msg.cmd == VFU_CMD_MIG_DATA_READ && request->room < msg.u.mig_data.size))
+        return -EINVAL;
+    if (!client->main.conn)
+        return -EPIPE;
+    if (!posted && client->in_flight == client->desc.max_in_flight)
+        return -EAGAIN;
+    int id = vfux_client_start(client, &msg, request->fds, request->fd_count);
+    if (id < 0)
+        return id;
+    if (posted) {
+        client->posted = client->submitted;
+        client->posted_waits = true;
+        return id;
+    }
+    vfux_call *call = vfux_call_start(client, &msg);
+    call->buf = request->buf;
+    call->room = request->room;
+    call->received = request->received;
+    call->max_received = request->max_received;
+    call->done.user = request->user;
+    client->in_flight++;
+    return id;
+}
+
+static vfu_msg vfux_region_msg(uint16_t cmd, uint32_t region, uint64_t offset, const void *data, uint32_t count)
+{
+    vfu_msg msg;
+    vfu_msg_init(&msg, 0, cmd);
+    msg.u.region.region = region;
+    msg.u.region.offset = offset;
+    msg.u.region.count = count;
+    msg.u.region.data = data;
+    msg.u.region.data_len = data ? count : 0;
+    return msg;
+}
+
+VFU_API int vfu_client_submit_read(vfu_client *client, uint32_t region, uint64_t offset, void *buf, uint32_t len, void *user)
+{
+    if (len > client->server_xfer)
+        return -EINVAL;
+    vfu_client_request request = {.msg = vfux_region_msg(VFU_CMD_REGION_READ, region, offset, NULL, len),
+                                  .buf = buf,
+                                  .room = len,
+                                  .user = user};
+    return vfu_client_submit(client, &request);
+}
+
+static int vfux_client_submit_write(vfu_client *client, uint32_t flags, uint32_t region, uint64_t offset, const void *buf,
+                                    uint32_t len, void *user)
+{
+    if (len > client->server_xfer)
+        return -EINVAL;
+    vfu_client_request request = {.msg = vfux_region_msg(VFU_CMD_REGION_WRITE, region, offset, buf, len), .user = user};
+    request.msg.flags = flags;
+    return vfu_client_submit(client, &request);
+}
+
+VFU_API int vfu_client_submit_write(vfu_client *client, uint32_t region, uint64_t offset, const void *buf, uint32_t len,
+                                    void *user)
+{
+    return vfux_client_submit_write(client, 0, region, offset, buf, len, user);
+}
+
+VFU_API int vfu_client_post_write(vfu_client *client, uint32_t region, uint64_t offset, const void *buf, uint32_t len)
+{
+    int id = vfux_client_submit_write(client, VFU_HDR_NO_REPLY, region, offset, buf, len, NULL);
+    return id < 0 ? id : 0;
+}
+
+VFU_API unsigned vfu_client_in_flight(const vfu_client *client) { return client->in_flight; }
+
+static int vfux_client_take(vfu_client *client, vfux_call *call, vfu_completion *out)
+{
+    *out = call->done;
+    client->in_flight--;
+    vfux_call_release(client, call);
+    return 1;
+}
+
+VFU_API int vfu_client_poll(vfu_client *client, vfu_completion *out)
+{
+    int err = 0;
+    if (!client->done.first && client->more)
+        err = vfux_client_handle_all(client, NULL);
+    if (!err && !client->done.first && client->main.conn) {
+        err = vfux_client_flush_all(client, NULL);
+        if (!err)
+            err = vfux_client_receive(client, &client->main, NULL);
+        if (!err && client->twin.conn)
+            err = vfux_client_receive(client, &client->twin, NULL);
+        if (!err)
+            err = vfux_client_flush_all(client, NULL); /* answers to the device */
+        if (!err)
+            err = vfux_client_expire(client);
+    }
+    if (client->done.first)
+        return vfux_client_take(client, vfux_call_at(client, client->done.first), out);
+    return err ? err : client->main.conn ? 0 : -EPIPE;
+}
+
+VFU_API int vfu_client_wait(vfu_client *client, int id, vfu_completion *out)
+{
+    for (;;) {
+        uint32_t first = client->done.first ? client->done.first : client->flight.first;
+        vfux_call *call = id == VFU_CLIENT_ANY          ? vfux_call_at(client, first)
+                          : id >= 0 && id <= UINT16_MAX ? vfux_call_find(client, (uint16_t)id)
+                                                        : NULL;
+        if (!call)
+            return client->main.conn || id != VFU_CLIENT_ANY ? -ENOENT : -EPIPE;
+        if (call->state == VFUX_CALL_DONE)
+            return vfux_client_take(client, call, out);
+        vfux_client_step(client, -1, UINT64_MAX, NULL); /* if it breaks, all are completed */
+    }
 }
 
 VFU_API int vfu_client_call(vfu_client *client, vfu_msg *request, const int *fds, unsigned fd_count, vfu_msg *reply,
                             int *received, unsigned max_received)
 {
-    int decoded, got;
+    uint64_t until = vfux_now_ms() + client->desc.timeout_ms;
+    int id, err = 0;
     for (unsigned i = 0; i < max_received; i++)
         received[i] = -1;
-    if (!client->conn)
-        return -EPIPE;
-    request->id = client->next_id++;
     request->flags = VFU_HDR_COMMAND;
-    uint64_t until = vfux_now_ms() + client->desc.timeout_ms;
-    int err = vfux_conn_send_msg(client->conn, request, fds, fd_count);
-    if (err == -EINVAL || err == -EMSGSIZE)
-        return -EINVAL; /* the caller's message */
-    if (err)
-        return vfux_client_break(client,
-                                 err == -EAGAIN       ? -EPROTO
-                                 : err == -ECONNRESET ? -EPIPE
-                                                      : err,
-                                 "it takes no more requests");
-    while ((got = vfux_client_next(client, reply, &decoded)) != 1 || reply->id != request->id) {
-        if (got < 0)
-            return got;
-        if (got) /* late: its request has timed out, or there was none */
-            return vfux_client_break(client, -EPROTO, "a reply to nothing that was asked");
-        err = vfux_now_ms() < until ? vfux_client_wait(client, -1, until)
-                                    : -ETIMEDOUT; /* a server that only asks is late as well */
-        if (err == -ETIMEDOUT)
-            return vfux_client_break(client, err, "no reply in time");
+    while ((id = vfux_client_start(client, request, fds, fd_count)) == -EAGAIN) { /* the queue is full */
+        err = vfux_now_ms() < until ? vfux_client_step(client, -1, until, NULL)
+                                    : vfux_client_break(client, -ETIMEDOUT, "it takes no more requests");
         if (err < 0)
-            return err == -ECONNRESET ? -EPIPE : err;
+            return err;
     }
-    if (reply->cmd != request->cmd || decoded)
-        return vfux_client_break(client, -EPROTO, decoded ? "a reply is malformed" : "a reply is to another command");
-    for (unsigned i = 0; i < max_received && i < client->frame.fd_count; i++) {
-        received[i] = client->frame.fds[i];
-        client->frame.fds[i] = -1;
-    }
-    if (vfu_msg_is_error(reply))
-        return reply->error > 0 && reply->error < 4096 ? -(int)reply->error : -EIO;
-    return 0;
+    if (id < 0)
+        return id;
+    vfux_call *call = vfux_call_start(client, request);
+    call->in_place = true;
+    call->received = received;
+    call->max_received = max_received;
+    err = 0;
+    while (err >= 0 && call->state != VFUX_CALL_DONE)
+        err = vfux_client_step(client, -1, UINT64_MAX, call);
+    *reply = call->done.reply; /* of a broken connection: zero */
+    err = call->done.result;
+    vfux_call_release(client, call);
+    return err;
+}
+
+VFU_API int vfu_client_serve(vfu_client *client, int wake_fd, int timeout_ms)
+{
+    uint64_t until = timeout_ms < 0 ? UINT64_MAX : vfux_now_ms() + (unsigned)timeout_ms;
+    if (!client->main.conn)
+        return -EPIPE;
+    /* What is there is served at least once, also when no time is left. */
+    int woken = 0;
+    do
+        woken = vfux_client_step(client, wake_fd, until, NULL);
+    while (!woken && vfux_now_ms() < until);
+    return woken;
+}
+
+/* ---- connecting --------------------------------------------------------------------------------------------------------- */
+
+/* The twin socket that the server's VERSION reply names, if it was asked for one. It is in fds, and is taken. */
+static int vfux_client_take_twin(vfu_client *client, int fds[VFU_FDS_MAX])
+{
+    int32_t at = client->server.twin_fd_index;
+    int type = 0, fd;
+    socklen_t len = sizeof(type);
+    if (!client->desc.twin_socket || !client->server.twin_socket)
+        return 0;
+    if (at < 0 || at >= VFU_FDS_MAX || fds[at] < 0 || getsockopt(fds[at], SOL_SOCKET, SO_TYPE, &type, &len) < 0 ||
+        type != SOCK_STREAM)
+        return vfux_client_break(client, -EPROTO, "its twin socket isn't there, or is none");
+    fd = fds[at];
+    fds[at] = -1;
+    vfu_conn_desc desc = {.fd = fd, .max_msg = client->desc.max_data_xfer_size + VFUX_PAGE, .alloc = client->desc.alloc};
+    int err = vfu_conn_create(&client->twin.conn, &desc);
+    return err ? vfux_client_break(client, err, "") : 0;
 }
 
 static int vfux_client_greet(vfu_client *client)
 {
     char json[VFU_CAPS_WRITE_MAX];
+    int fds[VFU_FDS_MAX];
     vfu_caps own;
     vfu_msg request, reply;
     vfu_caps_defaults(&own);
@@ -7440,18 +8313,83 @@ static int vfux_client_greet(vfu_client *client)
     own.max_data_xfer_size = client->desc.max_data_xfer_size;
     own.max_dma_maps = client->desc.max_dma_maps;
     own.write_multiple = true;
+    if (client->desc.twin_socket) {
+        own.present |= VFU_CAPS_TWIN_SOCKET;
+        own.twin_socket = true;
+    }
     int len = vfu_caps_write(&own, json, sizeof(json));
+    vfu_caps_defaults(&client->server);
     vfu_msg_init(&request, 0, VFU_CMD_VERSION);
     request.u.version.json = json;
     request.u.version.json_len = (uint32_t)len - 1;
-    int err = vfu_client_call(client, &request, NULL, 0, &reply, NULL, 0);
+    int err = vfu_client_call(client, &request, NULL, 0, &reply, fds, VFU_FDS_MAX);
     if (err)
         return err;
     if (reply.u.version.major != 0 || reply.u.version.minor != 0 ||
         vfu_caps_parse(reply.u.version.json, reply.u.version.json_len, &client->server) != 0 ||
         !client->server.max_data_xfer_size)
-        return vfux_client_break(client, -EPROTO, "its VERSION reply is of no use");
+        err = vfux_client_break(client, -EPROTO, "its VERSION reply is of no use");
+    else
+        err = vfux_client_take_twin(client, fds);
+    vfux_close_all(fds, VFU_FDS_MAX);
     client->server_xfer = (uint32_t)vfux_min(client->server.max_data_xfer_size, client->desc.max_data_xfer_size);
+    return err;
+}
+
+/* Takes fd and negotiates over it. */
+static int vfux_client_begin(vfu_client *client, int fd)
+{
+    vfu_conn_desc desc = {.fd = fd, .max_msg = client->desc.max_data_xfer_size + VFUX_PAGE, .alloc = client->desc.alloc};
+    int err = vfu_conn_create(&client->main.conn, &desc);
+    if (err)
+        return err;
+    err = vfux_client_greet(client);
+    if (err && client->main.conn)
+        vfux_client_break(client, err, "");
+    return err;
+}
+
+/* A server that is busy has a backlog that can be full, for which connect() would wait for ever. */
+static int vfux_client_dial(const char *path, uint32_t timeout_ms)
+{
+    uint64_t until = vfux_now_ms() + timeout_ms;
+    for (;;) {
+        int fd = vfux_sock_connect(path, SOCK_NONBLOCK);
+        if (fd != -EAGAIN)
+            return fd;
+        if (vfux_now_ms() >= until)
+            return -ETIMEDOUT;
+        nanosleep(&(struct timespec){.tv_nsec = VFUX_CONNECT_PAUSE_MS * 1000000}, NULL);
+    }
+}
+
+static void vfux_told_removed(void *ctx, const vfu_iommu_mapping *mapping);
+
+static int vfux_client_create_tables(vfu_client *client)
+{
+    const vfu_client_desc *desc = &client->desc;
+    vfu_iommu_desc iommu = {.max_mappings = desc->max_dma_maps, .max_readers = 1, .granule = VFUX_PAGE, .alloc = desc->alloc};
+    int err = vfu_iommu_create(&client->iommu, &iommu);
+    if (!err)
+        err = vfu_iommu_reader_open_local(client->iommu, &client->reader);
+    iommu.removed = vfux_told_removed;
+    iommu.ctx = client;
+    iommu.cache_entries = 1;
+    if (!err && desc->reconnects)
+        err = vfu_iommu_create(&client->told, &iommu);
+    if (err)
+        return err;
+    client->call_count = desc->max_in_flight + 1;
+    client->id_mask = 1;
+    while (client->id_mask < 2 * client->call_count)
+        client->id_mask = client->id_mask << 1 | 1;
+    client->data = vfux_allocate(&desc->alloc, desc->max_data_xfer_size);
+    client->calls = vfux_allocate_zero(&desc->alloc, client->call_count * sizeof(*client->calls));
+    client->ids = vfux_allocate_zero(&desc->alloc, (client->id_mask + 1) * sizeof(*client->ids));
+    if (!client->data || !client->calls || !client->ids)
+        return -ENOMEM;
+    for (uint32_t i = 0; i < client->call_count; i++)
+        vfux_calls_append(client, &client->free, &client->calls[i]);
     return 0;
 }
 
@@ -7466,56 +8404,72 @@ VFU_API int vfu_client_attach(vfu_client **out, int fd, const vfu_client_desc *g
         desc.max_data_xfer_size = VFUX_XFER_DEFAULT;
     if (!desc.max_dma_maps)
         desc.max_dma_maps = 65535;
-    int err = desc.max_data_xfer_size < VFUX_PAGE || desc.max_data_xfer_size > VFUX_XFER_MAX ? -EINVAL : 0;
+    if (!desc.max_in_flight)
+        desc.max_in_flight = VFUX_IN_FLIGHT_DEFAULT;
+    int err =
+        desc.max_data_xfer_size < VFUX_PAGE || desc.max_data_xfer_size > VFUX_XFER_MAX || desc.max_in_flight > VFUX_IN_FLIGHT_MAX
+            ? -EINVAL
+            : 0;
     if (!err && !(client = vfux_allocate_zero(&desc.alloc, sizeof(*client))))
         err = -ENOMEM;
-    if (err) {
-        close(fd);
-        return err;
+    if (client) {
+        client->desc = desc;
+        err = vfux_client_create_tables(client);
     }
-    client->desc = desc;
-    vfu_conn_desc conn = {.fd = fd, .max_msg = desc.max_data_xfer_size + VFUX_PAGE, .alloc = desc.alloc};
-    vfu_iommu_desc iommu = {.max_mappings = desc.max_dma_maps, .max_readers = 1, .granule = VFUX_PAGE, .alloc = desc.alloc};
-    err = vfu_conn_create(&client->conn, &conn);
-    if (!err)
-        err = vfu_iommu_create(&client->iommu, &iommu);
-    if (!err)
-        err = vfu_iommu_reader_open_local(client->iommu, &client->reader);
-    if (!err && !(client->data = vfux_allocate(&desc.alloc, desc.max_data_xfer_size)))
-        err = -ENOMEM;
-    if (!err)
-        err = vfux_client_greet(client);
-    if (err) {
+    if (err)
+        vfux_close(&fd);
+    else
+        err = vfux_client_begin(client, fd);
+    if (err)
         vfu_client_destroy(client);
-        return err;
-    }
-    *out = client;
-    return 0;
+    else
+        *out = client;
+    return err;
 }
 
 VFU_API int vfu_client_connect(vfu_client **out, const char *path, const vfu_client_desc *desc)
 {
-    int fd = vfu_sock_connect(path);
+    int fd = vfux_client_dial(path, desc && desc->timeout_ms ? desc->timeout_ms : 5000);
     *out = NULL;
     return fd < 0 ? fd : vfu_client_attach(out, fd, desc);
 }
+
+static void vfux_known_close(vfu_client *client, vfux_known *known);
 
 VFU_API void vfu_client_destroy(vfu_client *client)
 {
     if (!client)
         return;
-    if (client->conn)
-        vfux_client_break(client, 0, "");
+    vfu_alloc alloc = client->desc.alloc;
+    vfux_line_close(&client->main);
+    vfux_line_close(&client->twin);
+    for (vfux_known *known = client->known, *next; known; known = next) {
+        next = known->next;
+        vfux_known_close(client, known);
+        vfux_free(&alloc, (void *)(uintptr_t)known->said.areas, known->said.area_count * sizeof(*known->said.areas));
+        vfux_free(&alloc, known, sizeof(*known));
+    }
+    for (vfux_told_irq *told = client->told_irqs, *next; told; told = next) {
+        next = told->next;
+        vfux_close_all(told->fds, told->count);
+        vfux_free(&alloc, told->fds, told->count * sizeof(*told->fds));
+        vfux_free(&alloc, told, sizeof(*told));
+    }
+    vfu_iommu_destroy(client->told);
     vfu_iommu_reader_close(client->reader);
     vfu_iommu_destroy(client->iommu);
-    vfu_alloc alloc = client->desc.alloc;
+    vfux_free(&alloc, client->areas, client->area_room * sizeof(*client->areas));
+    vfux_free(&alloc, client->ids, (client->id_mask + 1) * sizeof(*client->ids));
+    vfux_free(&alloc, client->calls, client->call_count * sizeof(*client->calls));
     vfux_free(&alloc, client->data, client->desc.max_data_xfer_size);
     vfux_free(&alloc, client, sizeof(*client));
 }
 
-VFU_API int vfu_client_fd(const vfu_client *client) { return client->conn ? vfu_conn_fd(client->conn) : -1; }
+VFU_API int vfu_client_fd(const vfu_client *client) { return client->main.conn ? vfu_conn_fd(client->main.conn) : -1; }
 VFU_API const vfu_caps *vfu_client_caps(const vfu_client *client) { return &client->server; }
 VFU_API vfu_iommu *vfu_client_iommu(vfu_client *client) { return client->iommu; }
+
+/* ---- what the device is ------------------------------------------------------------------------------------------------- */
 
 VFU_API int vfu_client_info(vfu_client *client, vfu_wire_device_info *out)
 {
@@ -7523,14 +8477,17 @@ VFU_API int vfu_client_info(vfu_client *client, vfu_wire_device_info *out)
     vfu_msg_init(&request, 0, VFU_CMD_DEVICE_GET_INFO);
     request.u.device_info.argsz = sizeof(vfu_wire_device_info);
     int err = vfu_client_call(client, &request, NULL, 0, &reply, NULL, 0);
-    if (!err)
-        *out = (vfu_wire_device_info){
-            .argsz = reply.u.device_info.argsz,
-            .flags = reply.u.device_info.flags,
-            .num_regions = reply.u.device_info.num_regions,
-            .num_irqs = reply.u.device_info.num_irqs,
-        };
-    return err;
+    if (err)
+        return err;
+    *out = (vfu_wire_device_info){
+        .argsz = reply.u.device_info.argsz,
+        .flags = reply.u.device_info.flags,
+        .num_regions = reply.u.device_info.num_regions,
+        .num_irqs = reply.u.device_info.num_irqs,
+    };
+    client->info = *out;
+    client->info_known = true;
+    return 0;
 }
 
 VFU_API int vfu_client_irq_info(vfu_client *client, uint32_t index, vfu_wire_irq_info *out)
@@ -7540,8 +8497,6 @@ VFU_API int vfu_client_irq_info(vfu_client *client, uint32_t index, vfu_wire_irq
     request.u.irq_info.argsz = sizeof(vfu_wire_irq_info);
     request.u.irq_info.index = index;
     int err = vfu_client_call(client, &request, NULL, 0, &reply, NULL, 0);
-    if (!err && reply.u.irq_info.index != index)
-        return vfux_client_break(client, -EPROTO, "a reply is about another IRQ index");
     if (!err)
         *out = (vfu_wire_irq_info){
             .argsz = reply.u.irq_info.argsz,
@@ -7552,41 +8507,97 @@ VFU_API int vfu_client_irq_info(vfu_client *client, uint32_t index, vfu_wire_irq
     return err;
 }
 
-/* The areas of a region info reply, each of which has to lie inside the region. */
-static int vfux_client_areas(const vfu_msg *reply, vfu_client_region *out)
+/* Room for `count` areas, which came in one message. */
+static int vfux_client_grow_areas(vfu_client *client, uint32_t count)
 {
-    vfu_region_cap cap = {0};
-    uint32_t count = 0;
-    while (vfu_msg_next_cap(reply, &cap)) {
-        if (cap.id != VFU_REGION_CAP_SPARSE_MMAP)
-            continue;
-        if (vfu_region_cap_areas(&cap, &count))
-            return -EPROTO;
-        if (count > sizeof(out->areas) / sizeof(out->areas[0]))
-            return -E2BIG;
-        for (uint32_t i = 0; i < count; i++)
-            if (vfu_region_cap_area(&cap, i, &out->areas[i]) || out->areas[i].size > out->size ||
-                out->areas[i].offset > out->size - out->areas[i].size)
-                return -EPROTO;
-        out->area_count = count;
-    }
+    if (count <= client->area_room)
+        return 0;
+    vfu_wire_sparse_area *areas = vfux_allocate(&client->desc.alloc, count * sizeof(*areas));
+    if (!areas)
+        return -ENOMEM;
+    vfux_free(&client->desc.alloc, client->areas, client->area_room * sizeof(*areas));
+    client->areas = areas;
+    client->area_room = count;
     return 0;
 }
 
-VFU_API int vfu_client_region_info(vfu_client *client, uint32_t index, vfu_client_region *out)
+/* Copies the capabilities of a region info reply, which were checked when it came. */
+static int vfux_client_copy_caps(vfu_client *client, const vfu_msg *reply, vfu_client_region *out)
+{
+    vfu_region_cap cap = {0};
+    vfu_wire_cap_type type;
+    uint32_t count;
+    while (vfu_msg_next_cap(reply, &cap)) {
+        if (vfu_region_cap_type(&cap, &type) == 0) {
+            out->type = type.type;
+            out->subtype = type.subtype;
+        }
+        if (cap.id != VFU_REGION_CAP_SPARSE_MMAP || vfu_region_cap_areas(&cap, &count))
+            continue;
+        int err = vfux_client_grow_areas(client, count);
+        if (err)
+            return err;
+        for (uint32_t i = 0; i < count; i++)
+            vfu_region_cap_area(&cap, i, &client->areas[i]);
+        out->area_count = count;
+    }
+    out->areas = client->areas;
+    return 0;
+}
+
+static bool vfux_regions_equal(const vfu_client_region *a, const vfu_client_region *b)
+{
+    return a->flags == b->flags && a->size == b->size && a->type == b->type && a->subtype == b->subtype &&
+           a->area_count == b->area_count && (!a->area_count || !memcmp(a->areas, b->areas, a->area_count * sizeof(*a->areas)));
+}
+
+/* Notes what the server said about a region, for reconnecting. */
+static int vfux_client_note_region(vfu_client *client, uint32_t index, const vfu_client_region *said)
+{
+    const vfu_alloc *alloc = &client->desc.alloc;
+    size_t len = said->area_count * sizeof(*said->areas);
+    vfux_known *known = client->known;
+    while (known && known->index != index)
+        known = known->next;
+    if (known && vfux_regions_equal(&known->said, said)) {
+        known->said.offset = said->offset;
+        return 0;
+    }
+    vfu_wire_sparse_area *areas = said->area_count ? vfux_allocate(alloc, len) : NULL;
+    vfux_known *made = known ? known : vfux_allocate_zero(alloc, sizeof(*made));
+    if (!made || (said->area_count && !areas)) {
+        vfux_free(alloc, areas, len);
+        if (!known)
+            vfux_free(alloc, made, sizeof(*made));
+        return -ENOMEM;
+    }
+    if (known) {
+        vfux_free(alloc, (void *)(uintptr_t)known->said.areas, known->said.area_count * sizeof(*areas));
+    } else {
+        made->index = index;
+        made->next = client->known;
+        client->known = made;
+    }
+    if (areas)
+        memcpy(areas, said->areas, len);
+    made->said = *said;
+    made->said.fd = -1;
+    made->said.areas = areas;
+    return 0;
+}
+
+/* What vfu_client_region_info does, without noting it. */
+static int vfux_client_ask_region(vfu_client *client, uint32_t index, vfu_client_region *out)
 {
     vfu_msg request, reply;
     int err = 0;
-    memset(out, 0, sizeof(*out));
-    out->fd = -1;
+    *out = (vfu_client_region){.fd = -1};
     vfu_msg_init(&request, 0, VFU_CMD_DEVICE_GET_REGION_INFO);
     request.u.region_info.index = index;
     request.u.region_info.argsz = sizeof(vfu_wire_region_info);
     for (unsigned tries = 0; tries < 2 && !err; tries++) { /* the second time with the size that the first reply announced */
         vfux_close(&out->fd);
         err = vfu_client_call(client, &request, NULL, 0, &reply, &out->fd, 1);
-        if (!err && reply.u.region_info.index != index)
-            err = vfux_client_break(client, -EPROTO, "a reply is about another region");
         if (err || reply.u.region_info.argsz <= request.u.region_info.argsz)
             break;
         request.u.region_info.argsz = (uint32_t)vfux_min(reply.u.region_info.argsz, client->desc.max_data_xfer_size);
@@ -7597,75 +8608,495 @@ VFU_API int vfu_client_region_info(vfu_client *client, uint32_t index, vfu_clien
         out->flags = reply.u.region_info.flags;
         out->size = reply.u.region_info.size;
         out->offset = reply.u.region_info.offset;
-        err = vfux_client_areas(&reply, out);
-        if (err == -EPROTO)
-            vfux_client_break(client, err, "a region's areas are impossible");
+        err = vfux_client_copy_caps(client, &reply, out);
     }
+    if (!err && !(out->flags & VFU_REGION_INFO_MMAP))
+        vfux_close(&out->fd); /* of no use */
     if (err)
         vfux_close(&out->fd);
     return err;
+}
+
+VFU_API int vfu_client_region_info(vfu_client *client, uint32_t index, vfu_client_region *out)
+{
+    int err = vfux_client_ask_region(client, index, out);
+    if (!err && client->desc.reconnects)
+        err = vfux_client_note_region(client, index, out);
+    if (err)
+        vfux_close(&out->fd);
+    return err;
+}
+
+VFU_API int vfu_client_io_fds(vfu_client *client, uint32_t region, vfu_client_io_fd *out, uint32_t max, int fds[VFU_FDS_MAX])
+{
+    vfu_msg request, reply;
+    vfu_msg_init(&request, 0, VFU_CMD_DEVICE_GET_REGION_IO_FDS);
+    request.u.region_io_fds.index = region;
+    request.u.region_io_fds.argsz = VFUX_PAGE;
+    for (unsigned tries = 0;; tries++) { /* the second time with the size that the first reply announced */
+        int err = vfu_client_call(client, &request, NULL, 0, &reply, fds, VFU_FDS_MAX);
+        if (err)
+            return err;
+        if (tries || !reply.u.region_io_fds.truncated)
+            break;
+        vfux_close_all(fds, VFU_FDS_MAX);
+        request.u.region_io_fds.argsz = (uint32_t)vfux_min(reply.u.region_io_fds.argsz, client->desc.max_data_xfer_size);
+    }
+    if (reply.u.region_io_fds.truncated) {
+        vfux_close_all(fds, VFU_FDS_MAX);
+        return vfux_client_break(client, -EPROTO, "a region's descriptors are cut however much of them is asked for");
+    }
+    for (uint32_t i = 0; i < max && i < reply.u.region_io_fds.count; i++)
+        vfux_client_io_fd(&reply, i, &out[i]);
+    return (int)vfux_min(reply.u.region_io_fds.count, INT_MAX);
+}
+
+/* ---- accesses without a message ----------------------------------------------------------------------------------------- */
+
+/* Loads or stores of [host, host + len), naturally aligned and as wide as they can be. */
+typedef struct vfux_direct {
+    uint8_t *host;
+    uint8_t *in;        /* NULL: store */
+    const uint8_t *out; /* NULL: load */
+    size_t len;
+} vfux_direct;
+
+/* A word of one type. Sequentially consistent: device memory is read and written in the order of the program. */
+#define VFUX_DIRECT_WORD(type, d) \
+    do { \
+        type word_; \
+        if ((d)->in) { \
+            word_ = atomic_load((_Atomic(type) *)(void *)(d)->host); \
+            memcpy((d)->in, &word_, sizeof(word_)); \
+        } else { \
+            memcpy(&word_, (d)->out, sizeof(word_)); \
+            atomic_store((_Atomic(type) *)(void *)(d)->host, word_); \
+        } \
+    } while (0)
+
+static void vfux_direct_body(void *arg)
+{
+    vfux_direct d = *(vfux_direct *)arg;
+    while (d.len) {
+        size_t width = ATOMIC_LLONG_LOCK_FREE == 2 ? 8 : 4;
+        while (width > d.len || (uintptr_t)d.host & (width - 1))
+            width /= 2;
+        switch (width) {
+        case 1: VFUX_DIRECT_WORD(uint8_t, &d); break;
+        case 2: VFUX_DIRECT_WORD(uint16_t, &d); break;
+        case 4: VFUX_DIRECT_WORD(uint32_t, &d); break;
+#if ATOMIC_LLONG_LOCK_FREE == 2
+        default: VFUX_DIRECT_WORD(uint64_t, &d); break;
+#else
+        default: break;
+#endif
+        }
+        d.host += width;
+        d.len -= width;
+        if (d.in)
+            d.in += width;
+        else
+            d.out += width;
+    }
+}
+#undef VFUX_DIRECT_WORD
+
+static int vfux_direct_access(uint8_t *host, void *in, const void *out, size_t len)
+{
+    vfux_direct direct = {.host = host, .in = in, .out = out, .len = len};
+    const void *bad = NULL;
+    return vfux_guard(NULL, vfux_direct_body, &direct, &bad);
+}
+
+/* The page size of a file that can be mapped without giving the server a hold on us, 0 for anything else: a file system of its
+ * own could let a page fault wait for ever. */
+static uint64_t vfux_client_page_of(int fd)
+{
+    struct stat st;
+    struct statfs fs;
+    if (fstat(fd, &st) < 0 || !S_ISREG(st.st_mode) || fstatfs(fd, &fs) < 0 || (uint32_t)fs.f_type == VFUX_FUSE)
+        return 0;
+    return (uint64_t)((uint32_t)fs.f_type == VFUX_HUGETLBFS ? (long)fs.f_bsize : sysconf(_SC_PAGESIZE));
+}
+
+/* Maps [offset, offset + size) of a file, which must be whole pages. NULL: it can't be. */
+static uint8_t *vfux_client_mmap(int fd, uint64_t offset, uint64_t size, uint32_t flags)
+{
+    uint64_t page = vfux_client_page_of(fd);
+    int prot = (flags & VFU_REGION_INFO_READ ? PROT_READ : 0) | (flags & VFU_REGION_INFO_WRITE ? PROT_WRITE : 0);
+    if (!page || !size || (offset | size) & (page - 1) || size > SIZE_MAX / 2)
+        return NULL;
+    void *base = mmap(NULL, (size_t)size, prot, MAP_SHARED | MAP_NORESERVE, fd, (off_t)offset);
+    return base == MAP_FAILED ? NULL : base;
+}
+
+static void vfux_known_close(vfu_client *client, vfux_known *known)
+{
+    for (uint32_t i = 0; i < known->window_count; i++)
+        munmap(known->windows[i].base, (size_t)known->windows[i].size);
+    for (uint32_t i = 0; i < known->io_count; i++) {
+        if (known->ios[i].shadow)
+            munmap(known->ios[i].shadow_map, known->ios[i].shadow_len);
+        vfux_close(&known->ios[i].fd);
+    }
+    vfux_free(&client->desc.alloc, known->windows, known->window_room * sizeof(*known->windows));
+    vfux_free(&client->desc.alloc, known->ios, known->io_room * sizeof(*known->ios));
+    known->windows = NULL;
+    known->ios = NULL;
+    known->how = known->window_count = known->window_room = known->io_count = known->io_room = 0;
+}
+
+static int vfux_window_order(const void *a, const void *b)
+{
+    uint64_t x = ((const vfux_direct_window *)a)->offset, y = ((const vfux_direct_window *)b)->offset;
+    return (x > y) - (x < y);
+}
+
+/* Maps the areas of a region. fd is borrowed. */
+static int vfux_known_map(vfu_client *client, vfux_known *known, const vfu_client_region *said)
+{
+    vfu_wire_sparse_area whole = {0, said->size};
+    const vfu_wire_sparse_area *areas = said->area_count ? said->areas : &whole;
+    uint32_t count = said->area_count ? (uint32_t)vfux_min(said->area_count, VFUX_CLIENT_WINDOWS) : 1;
+    if (!(said->flags & VFU_REGION_INFO_MMAP))
+        return 0;
+    if (!vfux_client_page_of(said->fd))
+        return -ENODEV;
+    known->windows = vfux_allocate(&client->desc.alloc, count * sizeof(*known->windows));
+    if (!known->windows)
+        return -ENOMEM;
+    known->window_room = count;
+    pthread_once(&vfux_guard_once, vfux_guard_install);
+    for (uint32_t i = 0; i < count; i++) {
+        uint8_t *base = vfux_client_mmap(said->fd, said->offset + areas[i].offset, areas[i].size, said->flags);
+        if (base)
+            known->windows[known->window_count++] = (vfux_direct_window){areas[i].offset, areas[i].size, base};
+    }
+    qsort(known->windows, known->window_count, sizeof(*known->windows), vfux_window_order);
+    return 0;
+}
+
+/* Maps the word that an ioeventfd's value goes to. */
+static int vfux_known_add_shadow(vfux_direct_io *out, int fd, uint64_t offset)
+{
+    uint64_t page = vfux_client_page_of(fd), skip = offset & (page - 1);
+    if (!page || offset > INT64_MAX - page || skip > page - 8)
+        return -ENODEV;
+    out->shadow_map = vfux_client_mmap(fd, offset - skip, page, VFU_REGION_INFO_READ | VFU_REGION_INFO_WRITE);
+    if (!out->shadow_map)
+        return -ENODEV;
+    pthread_once(&vfux_guard_once, vfux_guard_install);
+    out->shadow_len = (size_t)page;
+    out->shadow = (uint8_t *)out->shadow_map + (size_t)skip;
+    return 0;
+}
+
+/* Takes one ioeventfd into use. fds are borrowed. */
+static int vfux_known_add_io(vfux_known *known, const vfu_client_io_fd *io, const int *fds)
+{
+    vfux_direct_io *out = &known->ios[known->io_count++];
+    *out = (vfux_direct_io){.io = *io, .fd = -1};
+    if (!vfux_is_eventfd(fds[io->fd_index]))
+        return -ENODEV;
+    out->fd = fcntl(fds[io->fd_index], F_DUPFD_CLOEXEC, 0);
+    if (out->fd < 0 || fcntl(out->fd, F_SETFL, fcntl(out->fd, F_GETFL) | O_NONBLOCK) < 0)
+        return -errno;
+    return io->shadow_index < 0 ? 0 : vfux_known_add_shadow(out, fds[io->shadow_index], io->shadow_offset);
+}
+
+static int vfux_known_take_ios(vfu_client *client, vfux_known *known)
+{
+    const vfu_alloc *alloc = &client->desc.alloc;
+    int fds[VFU_FDS_MAX], err = 0;
+    vfu_client_io_fd *list = vfux_allocate(alloc, VFUX_CLIENT_IO_FDS * sizeof(*list));
+    if (!list)
+        return -ENOMEM;
+    int count = vfu_client_io_fds(client, known->index, list, VFUX_CLIENT_IO_FDS, fds);
+    if (count < 0 && !client->main.conn)
+        err = count; /* else the server doesn't know the command: there are none */
+    if (count > 0) {
+        known->io_room = (uint32_t)vfux_min((uint32_t)count, VFUX_CLIENT_IO_FDS);
+        known->ios = vfux_allocate(alloc, known->io_room * sizeof(*known->ios));
+        err = known->ios ? 0 : -ENOMEM;
+        for (uint32_t i = 0; !err && i < known->io_room; i++)
+            if (list[i].type == VFU_IO_FD_IOEVENTFD || list[i].type == VFUX_IO_FD_SHADOW)
+                err = vfux_known_add_io(known, &list[i], fds);
+    }
+    vfux_close_all(fds, VFU_FDS_MAX);
+    vfux_free(alloc, list, VFUX_CLIENT_IO_FDS * sizeof(*list));
+    return err;
+}
+
+static vfux_known *vfux_known_find(const vfu_client *client, uint32_t index)
+{
+    vfux_known *known = client->known;
+    while (known && known->index != index)
+        known = known->next;
+    return known;
+}
+
+VFU_API int vfu_client_region_open(vfu_client *client, uint32_t index, uint32_t how)
+{
+    vfu_client_region said;
+    vfux_known *known = vfux_known_find(client, index);
+    if (how & ~(VFU_CLIENT_BY_MEMORY | VFU_CLIENT_BY_EVENTFD))
+        return -EINVAL;
+    if (known)
+        vfux_known_close(client, known);
+    if (!how)
+        return 0;
+    int err = vfux_client_ask_region(client, index, &said);
+    if (!err)
+        err = vfux_client_note_region(client, index, &said);
+    known = vfux_known_find(client, index);
+    if (!err && how & VFU_CLIENT_BY_MEMORY)
+        err = vfux_known_map(client, known, &said);
+    vfux_close(&said.fd);
+    if (!err && how & VFU_CLIENT_BY_EVENTFD)
+        err = vfux_known_take_ios(client, known);
+    if (err && known)
+        vfux_known_close(client, known);
+    else if (!err)
+        known->how = how;
+    return err;
+}
+
+/* ---- regions ------------------------------------------------------------------------------------------------------------ */
+
+/* The part of [offset, offset + len) that can be accessed at once: in a window, which *host is in then, or up to the next. */
+static size_t vfux_known_part(const vfux_known *known, uint64_t offset, size_t len, uint8_t **host)
+{
+    uint32_t low = 0, high = known->window_count;
+    *host = NULL;
+    while (low < high) { /* the first window behind offset */
+        uint32_t middle = low + (high - low) / 2;
+        if (known->windows[middle].offset <= offset)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    if (low && offset - known->windows[low - 1].offset < known->windows[low - 1].size) {
+        uint64_t skip = offset - known->windows[low - 1].offset;
+        *host = known->windows[low - 1].base + (size_t)skip;
+        return (size_t)vfux_min(len, known->windows[low - 1].size - skip);
+    }
+    return low < known->window_count ? (size_t)vfux_min(len, known->windows[low].offset - offset) : len;
+}
+
+/* May accesses to a region go past the requests that are under way? There are none that they could overtake. */
+static const vfux_known *vfux_client_direct(const vfu_client *client, uint32_t region, uint32_t flag)
+{
+    const vfux_known *known = client->known ? vfux_known_find(client, region) : NULL;
+    bool allowed = known && known->how && known->said.flags & flag && client->main.conn;
+    return allowed && !client->flight.first && !client->posted_waits ? known : NULL;
+}
+
+/* A number of 1, 2, 4 or 8 bytes. */
+static uint64_t vfux_number(const void *bytes, size_t width)
+{
+    uint16_t u16;
+    uint32_t u32;
+    uint64_t u64;
+    switch (width) {
+    case 1: return *(const uint8_t *)bytes;
+    case 2: memcpy(&u16, bytes, 2); return u16;
+    case 4: memcpy(&u32, bytes, 4); return u32;
+    default: memcpy(&u64, bytes, 8); return u64;
+    }
+}
+
+/* Signals the ioeventfd that a write hits. 1: one was; 0: none is hit. */
+static int vfux_known_signal(const vfux_known *known, uint64_t offset, const void *buf, size_t len)
+{
+    enum { DATAMATCH = 1 }; /* KVM_IOEVENTFD_FLAG_DATAMATCH */
+    uint64_t one = 1;
+    for (uint32_t i = 0; i < known->io_count; i++) {
+        const vfux_direct_io *io = &known->ios[i];
+        if (io->io.offset != offset || len > 8 || len & (len - 1) || (io->io.size && io->io.size != len))
+            continue;
+        if (io->io.flags & DATAMATCH && vfux_number(buf, len) != io->io.data)
+            continue;
+        int err = io->shadow ? vfux_direct_access(io->shadow, NULL, buf, len) : 0;
+        struct pollfd ready = {.fd = io->fd, .events = POLLOUT}; /* full: it is signalled already */
+        if (!err && poll(&ready, 1, 0) > 0)
+            while (write(io->fd, &one, sizeof(one)) < 0 && errno == EINTR) {
+            }
+        return err ? err : 1;
+    }
+    return 0;
 }
 
 /* One REGION_READ or REGION_WRITE. */
 static int vfux_client_access_region(vfu_client *client, uint16_t cmd, uint32_t region, uint64_t offset, uint8_t *in,
                                      const uint8_t *out, uint32_t count)
 {
-    vfu_msg request, reply;
-    vfu_msg_init(&request, 0, cmd);
-    request.u.region.region = region;
-    request.u.region.offset = offset;
-    request.u.region.count = count;
-    request.u.region.data = out;
-    request.u.region.data_len = out ? count : 0;
+    vfu_msg reply, request = vfux_region_msg(cmd, region, offset, out, count);
     int err = vfu_client_call(client, &request, NULL, 0, &reply, NULL, 0);
-    if (err)
-        return err;
-    if (reply.u.region.region != region || reply.u.region.offset != offset || reply.u.region.count != count)
-        return vfux_client_break(client, -EPROTO, "a reply is about another access");
-    if (in)
+    if (!err && in)
         memcpy(in, reply.u.region.data, count);
-    return 0;
+    return err;
+}
+
+/* Reads (in) or writes (out), in parts, each by memory or by message. */
+static int vfux_client_access_parts(vfu_client *client, uint32_t region, uint64_t offset, uint8_t *in, const uint8_t *out,
+                                    size_t len)
+{
+    const vfux_known *known = vfux_client_direct(client, region, in ? VFU_REGION_INFO_READ : VFU_REGION_INFO_WRITE);
+    int err = 0;
+    if (out && known && known->io_count && len && (err = vfux_known_signal(known, offset, out, len)) != 0)
+        return err < 0 ? err : 0;
+    for (size_t done = 0, part; done < len && !err; done += part) {
+        uint8_t *host = NULL;
+        part = known && known->window_count ? vfux_known_part(known, offset + done, len - done, &host) : len - done;
+        if (host) {
+            err = vfux_direct_access(host, in ? in + done : NULL, out ? out + done : NULL, part);
+            continue;
+        }
+        part = (size_t)vfux_min(part, client->server_xfer);
+        err = vfux_client_access_region(client, in ? VFU_CMD_REGION_READ : VFU_CMD_REGION_WRITE, region, offset + done,
+                                        in ? in + done : NULL, out ? out + done : NULL, (uint32_t)part);
+    }
+    return err;
 }
 
 VFU_API int vfu_client_region_read(vfu_client *client, uint32_t region, uint64_t offset, void *buf, size_t len)
 {
-    int err = 0;
-    for (size_t done = 0, part; done < len && !err; done += part) {
-        part = (size_t)vfux_min(len - done, client->server_xfer);
-        err = vfux_client_access_region(client, VFU_CMD_REGION_READ, region, offset + done, (uint8_t *)buf + done, NULL,
-                                        (uint32_t)part);
-    }
-    return err;
+    return vfux_client_access_parts(client, region, offset, buf, NULL, len);
 }
 
 VFU_API int vfu_client_region_write(vfu_client *client, uint32_t region, uint64_t offset, const void *buf, size_t len)
 {
-    int err = 0;
-    for (size_t done = 0, part; done < len && !err; done += part) {
-        part = (size_t)vfux_min(len - done, client->server_xfer);
-        err = vfux_client_access_region(client, VFU_CMD_REGION_WRITE, region, offset + done, NULL, (const uint8_t *)buf + done,
-                                        (uint32_t)part);
+    return vfux_client_access_parts(client, region, offset, NULL, buf, len);
+}
+
+VFU_API int vfu_client_write_multi(vfu_client *client, const vfu_wire_write_one *writes, uint32_t count)
+{
+    uint32_t room = client->server_xfer / (uint32_t)sizeof(*writes), done = 0;
+    for (uint32_t i = 0; i < count; i++)
+        if (writes[i].count > sizeof(writes[i].data))
+            return -EINVAL;
+    while (done < count) {
+        uint32_t part = (uint32_t)vfux_min(count - done, vfux_min(room, INT_MAX - done));
+        vfu_msg request, reply;
+        int err;
+        if (!client->server.write_multiple || !part) {
+            err = vfux_client_access_region(client, VFU_CMD_REGION_WRITE, writes[done].region, writes[done].offset, NULL,
+                                            writes[done].data, writes[done].count);
+            part = 1;
+        } else {
+            vfu_msg_init(&request, 0, VFU_CMD_REGION_WRITE_MULTI);
+            request.u.write_multi.count = part;
+            request.u.write_multi.data = (const uint8_t *)&writes[done];
+            request.u.write_multi.data_len = part * (uint32_t)sizeof(*writes);
+            err = vfu_client_call(client, &request, NULL, 0, &reply, NULL, 0);
+            if (!err && reply.u.write_multi.count < part)
+                return (int)(done + (uint32_t)reply.u.write_multi.count);
+        }
+        if (err)
+            return done && client->main.conn ? (int)done : err;
+        done += part;
+    }
+    return (int)done;
+}
+
+/* ---- memory ------------------------------------------------------------------------------------------------------------- */
+
+static void vfux_told_file_unref(vfu_client *client, vfux_told_file *file)
+{
+    vfux_told_file **link = &client->told_files;
+    if (!file || --file->refs)
+        return;
+    while (*link != file)
+        link = &(*link)->next;
+    *link = file->next;
+    vfux_close(&file->fd);
+    vfux_free(&client->desc.alloc, file, sizeof(*file));
+}
+
+static void vfux_told_removed(void *ctx, const vfu_iommu_mapping *mapping)
+{
+    vfux_told *told = mapping->user;
+    vfux_told_file_unref(ctx, told->file);
+    vfux_free(&((vfu_client *)ctx)->desc.alloc, told, sizeof(*told));
+}
+
+/* One copy of a descriptor for all mappings of the same file, with a reference. */
+static int vfux_told_file_get(vfu_client *client, int fd, vfux_told_file **out)
+{
+    struct stat st;
+    int access = fcntl(fd, F_GETFL);
+    vfux_told_file *file = client->told_files;
+    *out = NULL;
+    if (access < 0 || fstat(fd, &st) < 0)
+        return -errno;
+    while (file && (file->dev != st.st_dev || file->ino != st.st_ino || file->access != (access & O_ACCMODE)))
+        file = file->next;
+    if (!file) {
+        file = vfux_allocate(&client->desc.alloc, sizeof(*file));
+        int copy = file ? fcntl(fd, F_DUPFD_CLOEXEC, 0) : -1, err = file ? -errno : -ENOMEM;
+        if (copy < 0) {
+            vfux_free(&client->desc.alloc, file, sizeof(*file));
+            return err;
+        }
+        *file = (vfux_told_file){client->told_files, st.st_dev, st.st_ino, access & O_ACCMODE, copy, 0};
+        client->told_files = file;
+    }
+    file->refs++;
+    *out = file;
+    return 0;
+}
+
+/* Notes a mapping for reconnecting. */
+static int vfux_client_note_mapping(vfu_client *client, const vfu_iommu_mapping *mapping, int fd, uint64_t offset)
+{
+    vfux_told *told = vfux_allocate(&client->desc.alloc, sizeof(*told));
+    vfux_told_file *file = NULL;
+    int err = !told ? -ENOMEM : fd >= 0 ? vfux_told_file_get(client, fd, &file) : 0;
+    if (!err) {
+        vfu_iommu_mapping note = *mapping;
+        *told = (vfux_told){file, offset};
+        note.user = told;
+        err = vfu_iommu_map(client->told, &note);
+    }
+    if (err) {
+        vfux_told_file_unref(client, file);
+        vfux_free(&client->desc.alloc, told, sizeof(*told));
     }
     return err;
+}
+
+/* Tells the server of a mapping. */
+static int vfux_client_send_map(vfu_client *client, const vfu_iommu_mapping *mapping, int fd, uint64_t offset)
+{
+    vfu_msg request, reply;
+    bool with_fd = fd >= 0 && client->server.max_msg_fds;
+    vfu_msg_init(&request, 0, VFU_CMD_DMA_MAP);
+    request.u.dma_map.argsz = sizeof(vfu_wire_dma_map);
+    request.u.dma_map.flags =
+        (mapping->prot & VFU_IOMMU_READ ? VFU_DMA_READABLE : 0) | (mapping->prot & VFU_IOMMU_WRITE ? VFU_DMA_WRITEABLE : 0);
+    request.u.dma_map.offset = with_fd ? offset : 0;
+    request.u.dma_map.address = mapping->iova;
+    request.u.dma_map.size = mapping->size;
+    return vfu_client_call(client, &request, &fd, with_fd, &reply, NULL, 0);
 }
 
 VFU_API int vfu_client_dma_map(vfu_client *client, uint64_t iova, uint64_t size, uint32_t prot, void *host, int fd,
                                uint64_t offset)
 {
-    vfu_msg request, reply;
     vfu_iommu_mapping mapping = {.iova = iova, .size = size, .prot = prot, .host = host};
     int err = vfu_iommu_map(client->iommu, &mapping);
     if (err)
         return err;
-    vfu_msg_init(&request, 0, VFU_CMD_DMA_MAP);
-    request.u.dma_map.argsz = sizeof(vfu_wire_dma_map);
-    request.u.dma_map.flags = (prot & VFU_IOMMU_READ ? VFU_DMA_READABLE : 0) | (prot & VFU_IOMMU_WRITE ? VFU_DMA_WRITEABLE : 0);
-    request.u.dma_map.offset = fd >= 0 ? offset : 0;
-    request.u.dma_map.address = iova;
-    request.u.dma_map.size = size;
-    err = vfu_client_call(client, &request, &fd, fd >= 0, &reply, NULL, 0);
-    if (err)
+    if (client->told)
+        err = vfux_client_note_mapping(client, &mapping, fd, offset);
+    bool noted = client->told && !err;
+    if (!err)
+        err = vfux_client_send_map(client, &mapping, fd, offset);
+    if (err) {
         vfu_iommu_unmap(client->iommu, iova, size);
+        if (noted)
+            vfu_iommu_unmap(client->told, iova, size);
+    }
     return err;
 }
 
@@ -7677,37 +9108,118 @@ VFU_API int vfu_client_dma_unmap(vfu_client *client, uint64_t iova, uint64_t siz
     request.u.dma_unmap.address = iova;
     request.u.dma_unmap.size = size;
     int err = vfu_client_call(client, &request, NULL, 0, &reply, NULL, 0);
-    return err ? err : vfu_iommu_unmap(client->iommu, iova, size);
+    if (err)
+        return err;
+    if (client->told)
+        vfu_iommu_unmap(client->told, iova, size);
+    return vfu_iommu_unmap(client->iommu, iova, size);
 }
 
-VFU_API int vfu_client_irq_assign(vfu_client *client, uint32_t index, uint32_t start, uint32_t count, const int *eventfds)
+/* ---- interrupts --------------------------------------------------------------------------------------------------------- */
+
+static vfu_msg vfux_irq_msg(uint32_t flags, uint32_t index, uint32_t start, uint32_t count)
 {
-    uint32_t chunk = client->server.max_msg_fds < VFU_FDS_MAX ? client->server.max_msg_fds : VFU_FDS_MAX;
-    int err = chunk || !eventfds ? 0 : -EINVAL;
-    for (uint32_t done = 0, part; done < count && !err; done += part) {
-        vfu_msg request, reply;
-        part = count - done < chunk || !eventfds ? count - done : chunk;
-        vfu_msg_init(&request, 0, VFU_CMD_DEVICE_SET_IRQS);
-        request.u.irq_set.argsz = sizeof(vfu_wire_irq_set);
-        request.u.irq_set.flags = VFU_IRQ_SET_DATA_EVENTFD | VFU_IRQ_SET_ACTION_TRIGGER;
-        request.u.irq_set.index = index;
-        request.u.irq_set.start = start + done;
-        request.u.irq_set.count = part;
-        err = vfu_client_call(client, &request, eventfds ? eventfds + done : NULL, eventfds ? part : 0, &reply, NULL, 0);
+    vfu_msg msg;
+    vfu_msg_init(&msg, 0, VFU_CMD_DEVICE_SET_IRQS);
+    msg.u.irq_set.argsz = sizeof(vfu_wire_irq_set);
+    msg.u.irq_set.flags = flags;
+    msg.u.irq_set.index = index;
+    msg.u.irq_set.start = start;
+    msg.u.irq_set.count = count;
+    return msg;
+}
+
+/* Makes room to note interrupts [0, count) of an index. */
+static int vfux_told_irq_get(vfu_client *client, uint32_t index, uint32_t action, uint32_t count, vfux_told_irq **out)
+{
+    const vfu_alloc *alloc = &client->desc.alloc;
+    vfux_told_irq *told = client->told_irqs;
+    while (told && (told->index != index || told->action != action))
+        told = told->next;
+    if (!told) {
+        told = vfux_allocate_zero(alloc, sizeof(*told));
+        if (!told)
+            return -ENOMEM;
+        *told = (vfux_told_irq){.next = client->told_irqs, .index = index, .action = action};
+        client->told_irqs = told;
+    }
+    if (count > told->count) {
+        int *fds = vfux_allocate(alloc, count * sizeof(*fds));
+        if (!fds)
+            return -ENOMEM;
+        for (uint32_t i = 0; i < count; i++)
+            fds[i] = i < told->count ? told->fds[i] : -1;
+        vfux_free(alloc, told->fds, told->count * sizeof(*fds));
+        told->fds = fds;
+        told->count = count;
+    }
+    *out = told;
+    return 0;
+}
+
+/* Notes what was assigned, for reconnecting. There is room. Without a copy of a descriptor that interrupt will be lost then. */
+static void vfux_told_irq_set(vfux_told_irq *told, uint32_t start, uint32_t count, const int *fds)
+{
+    for (uint32_t i = 0; i < count && start + i < told->count; i++) {
+        vfux_close(&told->fds[start + i]);
+        if (fds)
+            told->fds[start + i] = fcntl(fds[i], F_DUPFD_CLOEXEC, 0);
+    }
+}
+
+/* In chunks of what the server takes; *done: how many were. */
+static int vfux_client_send_irqs(vfu_client *client, uint32_t action, uint32_t index, uint32_t start, uint32_t count,
+                                 const int *fds, uint32_t *done)
+{
+    uint32_t chunk = (uint32_t)vfux_min(client->server.max_msg_fds, VFU_FDS_MAX);
+    int err = chunk || !fds ? 0 : -EINVAL;
+    *done = 0;
+    while (*done < count && !err) {
+        uint32_t part = count - *done < chunk || !fds ? count - *done : chunk;
+        vfu_msg reply, request = vfux_irq_msg(VFU_IRQ_SET_DATA_EVENTFD | action, index, start + *done, part);
+        err = vfu_client_call(client, &request, fds ? fds + *done : NULL, fds ? part : 0, &reply, NULL, 0);
+        *done += err ? 0 : part;
     }
     return err;
 }
 
+static int vfux_client_assign(vfu_client *client, uint32_t action, uint32_t index, uint32_t start, uint32_t count, const int *fds)
+{
+    enum { NOTED_MAX = 65536 }; /* interrupts of an index */
+    vfux_told_irq *told = NULL;
+    uint32_t done;
+    if (client->told && fds) {
+        int err = start > NOTED_MAX || count > NOTED_MAX - start ? -EINVAL
+                                                                 : vfux_told_irq_get(client, index, action, start + count, &told);
+        if (err)
+            return err;
+    } else if (client->told) {
+        vfux_told_irq_get(client, index, action, 0, &told);
+    }
+    int err = vfux_client_send_irqs(client, action, index, start, count, fds, &done);
+    if (told)
+        vfux_told_irq_set(told, start, done, fds);
+    return err;
+}
+
+VFU_API int vfu_client_irq_assign(vfu_client *client, uint32_t index, uint32_t start, uint32_t count, const int *eventfds)
+{
+    return vfux_client_assign(client, VFU_IRQ_SET_ACTION_TRIGGER, index, start, count, eventfds);
+}
+
+VFU_API int vfu_client_irq_unmask_by(vfu_client *client, uint32_t index, uint32_t start, uint32_t count, const int *eventfds)
+{
+    return vfux_client_assign(client, VFU_IRQ_SET_ACTION_UNMASK, index, start, count, eventfds);
+}
+
 VFU_API int vfu_client_irq_action(vfu_client *client, uint32_t index, uint32_t start, uint32_t count, uint32_t action)
 {
-    vfu_msg request, reply;
-    vfu_msg_init(&request, 0, VFU_CMD_DEVICE_SET_IRQS);
-    request.u.irq_set.argsz = sizeof(vfu_wire_irq_set);
-    request.u.irq_set.flags = VFU_IRQ_SET_DATA_NONE | (action & VFU_IRQ_SET_ACTION_BITS);
-    request.u.irq_set.index = index;
-    request.u.irq_set.start = start;
-    request.u.irq_set.count = count;
-    return vfu_client_call(client, &request, NULL, 0, &reply, NULL, 0);
+    vfu_msg reply, request = vfux_irq_msg(VFU_IRQ_SET_DATA_NONE | (action & VFU_IRQ_SET_ACTION_BITS), index, start, count);
+    int err = vfu_client_call(client, &request, NULL, 0, &reply, NULL, 0);
+    for (vfux_told_irq *told = client->told_irqs; told; told = told->next)
+        if (!err && !count && action == VFU_IRQ_SET_ACTION_TRIGGER && told->index == index)
+            vfux_told_irq_set(told, 0, told->count, NULL);
+    return err;
 }
 
 VFU_API int vfu_client_reset(vfu_client *client)
@@ -7717,25 +9229,260 @@ VFU_API int vfu_client_reset(vfu_client *client)
     return vfu_client_call(client, &request, NULL, 0, &reply, NULL, 0);
 }
 
-VFU_API int vfu_client_serve(vfu_client *client, int wake_fd, int timeout_ms)
+/* ---- connecting again --------------------------------------------------------------------------------------------------- */
+
+/* Is it the device that it was? Regions that were open are opened again. */
+static int vfux_client_verify(vfu_client *client)
 {
-    uint64_t until = timeout_ms < 0 ? UINT64_MAX : vfux_now_ms() + (unsigned)timeout_ms;
-    vfu_msg msg;
-    int decoded, woken = 0;
-    if (!client->conn)
-        return -EPIPE;
-    for (bool last = false;; last = woken || vfux_now_ms() > until) {
-        /* What is in the buffer is served before waiting, and what was received after, whatever has ended the wait. */
-        int err = client->conn ? vfux_client_next(client, &msg, &decoded) : 0;
-        if (err > 0)
-            err = vfux_client_break(client, -EPROTO, "a reply to nothing that was asked");
-        if (err < 0)
-            return err == -ECONNRESET ? -EPIPE : err;
-        if (last)
-            break;
-        woken = vfux_client_wait(client, wake_fd, until);
+    vfu_wire_device_info before = client->info, now;
+    bool compare = client->info_known;
+    int err = vfu_client_info(client, &now);
+    if (!err && compare &&
+        (before.flags != now.flags || before.num_regions != now.num_regions || before.num_irqs != now.num_irqs))
+        err = -ESTALE;
+    client->info = compare ? before : now;
+    for (vfux_known *known = client->known; known && !err; known = known->next) {
+        vfu_client_region said;
+        uint32_t how = known->how;
+        err = vfux_client_ask_region(client, known->index, &said);
+        vfux_close(&said.fd);
+        if (!err && !vfux_regions_equal(&known->said, &said))
+            err = -ESTALE;
+        if (!err && how)
+            err = vfu_client_region_open(client, known->index, how);
+        known->how = how;
     }
-    return woken == -ETIMEDOUT ? 0 : woken;
+    return err;
+}
+
+static int vfux_client_tell_mappings(vfu_client *client)
+{
+    vfu_iommu_mapping mapping;
+    uint64_t at = 0;
+    int err = 0;
+    while (!err && vfu_iommu_next(client->told, at, &mapping)) {
+        const vfux_told *told = mapping.user;
+        err = vfux_client_send_map(client, &mapping, told->file ? told->file->fd : -1, told->offset);
+        at = mapping.iova + mapping.size;
+        if (!at)
+            break;
+    }
+    return err;
+}
+
+static int vfux_client_tell_irqs(vfu_client *client)
+{
+    int err = 0;
+    for (vfux_told_irq *told = client->told_irqs; told; told = told->next) {
+        uint32_t end, done;
+        for (uint32_t i = 0; i < told->count && !err; i = end) {
+            end = i + 1;
+            if (told->fds[i] < 0)
+                continue;
+            while (end < told->count && told->fds[end] >= 0)
+                end++;
+            err = vfux_client_send_irqs(client, told->action, told->index, i, end - i, told->fds + i, &done);
+        }
+    }
+    return err;
+}
+
+VFU_API int vfu_client_reattach(vfu_client *client, int fd)
+{
+    if (!client->desc.reconnects) {
+        vfux_close(&fd);
+        return -ENOTSUP;
+    }
+    if (client->main.conn)
+        vfux_client_break(client, -EPIPE, "");
+    int err = vfux_client_begin(client, fd);
+    if (err)
+        return err;
+    err = vfux_client_verify(client);
+    if (!err)
+        err = vfux_client_tell_mappings(client);
+    if (!err)
+        err = vfux_client_tell_irqs(client);
+    if (err && client->main.conn)
+        vfux_client_break(client, err, "");
+    return err;
+}
+
+VFU_API int vfu_client_reconnect(vfu_client *client, const char *path)
+{
+    if (!client->desc.reconnects)
+        return -ENOTSUP;
+    int fd = vfux_client_dial(path, client->desc.timeout_ms);
+    return fd < 0 ? fd : vfu_client_reattach(client, fd);
+}
+
+/* ---- migration ---------------------------------------------------------------------------------------------------------- */
+
+/* Asks for a feature, or sets it. reply_len: bytes that the payload may have in the reply. */
+static int vfux_client_feature(vfu_client *client, uint32_t flags, const void *payload, uint32_t len, uint64_t reply_len,
+                               vfu_msg *reply)
+{
+    vfu_msg request;
+    vfu_msg_init(&request, 0, VFU_CMD_DEVICE_FEATURE);
+    request.u.feature.argsz = (uint32_t)(sizeof(vfu_wire_feature) + vfux_max(len, reply_len));
+    request.u.feature.flags = flags;
+    request.u.feature.data = payload;
+    request.u.feature.data_len = len;
+    return vfu_client_call(client, &request, NULL, 0, reply, NULL, 0);
+}
+
+VFU_API int vfu_client_mig_flags(vfu_client *client, uint64_t *flags)
+{
+    vfu_wire_feature_migration wire = {0};
+    vfu_msg reply;
+    int err = vfux_client_feature(client, VFU_FEATURE_GET | VFU_FEATURE_MIGRATION, NULL, 0, sizeof(wire), &reply);
+    if (!err)
+        vfu_feature_migration(&reply, &wire); /* it was checked */
+    *flags = wire.flags;
+    return err;
+}
+
+VFU_API int vfu_client_mig_state(vfu_client *client, vfu_mig_state *state)
+{
+    vfu_wire_feature_mig_state wire = {0};
+    vfu_msg reply;
+    int err = vfux_client_feature(client, VFU_FEATURE_GET | VFU_FEATURE_MIG_STATE, NULL, 0, sizeof(wire), &reply);
+    if (!err)
+        vfu_feature_mig_state(&reply, &wire);
+    if (!err && wire.state >= VFUX_MIG_STATES)
+        err = vfux_client_break(client, -EPROTO, "there is no such migration state");
+    *state = err ? VFU_MIG_STATE_ERROR : (vfu_mig_state)wire.state;
+    return err;
+}
+
+VFU_API int vfu_client_mig_go(vfu_client *client, vfu_mig_state target, vfu_mig_state *reached)
+{
+    vfu_mig_state state = VFU_MIG_STATE_ERROR;
+    uint64_t flags;
+    int err = vfu_client_mig_flags(client, &flags);
+    if (!err)
+        err = vfu_client_mig_state(client, &state);
+    for (unsigned arcs = 0; !err && state != target; arcs++) {
+        vfu_mig_state next = vfux_mig_next(flags & VFU_MIG_PRE_COPY, state, target), now;
+        vfu_wire_feature_mig_state wire = {.state = next, .data_fd = -1};
+        vfu_msg reply;
+        if (next == VFU_MIG_STATE_ERROR || arcs == VFUX_MIG_STATES) {
+            err = -EINVAL;
+            break;
+        }
+        err = vfux_client_feature(client, VFU_FEATURE_SET | VFU_FEATURE_MIG_STATE, &wire, sizeof(wire), sizeof(wire), &reply);
+        if (err && !client->main.conn)
+            break;
+        int asked = vfu_client_mig_state(client, &now); /* whatever it said, it may stand elsewhere */
+        state = asked ? VFU_MIG_STATE_ERROR : now;
+        err = asked ? asked : !err && state != next ? -EIO : err;
+    }
+    if (reached)
+        *reached = client->main.conn ? state : VFU_MIG_STATE_ERROR;
+    return err;
+}
+
+VFU_API int64_t vfu_client_mig_read(vfu_client *client, void *buf, size_t len)
+{
+    size_t done = 0;
+    while (done < len) {
+        vfu_msg request, reply;
+        uint32_t part = (uint32_t)vfux_min(len - done, client->server_xfer);
+        vfu_msg_init(&request, 0, VFU_CMD_MIG_DATA_READ);
+        request.u.mig_data.argsz = (uint32_t)sizeof(vfu_wire_mig_data) + part;
+        request.u.mig_data.size = part;
+        int err = vfu_client_call(client, &request, NULL, 0, &reply, NULL, 0);
+        if (err)
+            return err;
+        if (reply.u.mig_data.size)
+            memcpy((uint8_t *)buf + done, reply.u.mig_data.data, reply.u.mig_data.size);
+        done += reply.u.mig_data.size;
+        if (reply.u.mig_data.size < part)
+            break;
+    }
+    return (int64_t)done;
+}
+
+VFU_API int vfu_client_mig_write(vfu_client *client, const void *buf, size_t len)
+{
+    int err = 0;
+    for (size_t done = 0, part; done < len && !err; done += part) {
+        vfu_msg request, reply;
+        part = (size_t)vfux_min(len - done, client->server_xfer);
+        vfu_msg_init(&request, 0, VFU_CMD_MIG_DATA_WRITE);
+        request.u.mig_data.argsz = (uint32_t)(sizeof(vfu_wire_mig_data) + part);
+        request.u.mig_data.size = request.u.mig_data.data_len = (uint32_t)part;
+        request.u.mig_data.data = (const uint8_t *)buf + done;
+        err = vfu_client_call(client, &request, NULL, 0, &reply, NULL, 0);
+    }
+    return err;
+}
+
+VFU_API int vfu_client_log_start(vfu_client *client, uint64_t *page_size, const vfu_wire_feature_log_range *ranges,
+                                 uint32_t count)
+{
+    vfu_wire_feature_log_control control = {.page_size = *page_size, .num_ranges = count};
+    uint64_t len = sizeof(control) + (uint64_t)count * sizeof(*ranges);
+    vfu_msg reply;
+    if (len > client->server_xfer)
+        return -E2BIG;
+    uint8_t *payload = vfux_allocate(&client->desc.alloc, (size_t)len);
+    if (!payload)
+        return -ENOMEM;
+    memcpy(payload, &control, sizeof(control));
+    if (count)
+        memcpy(payload + sizeof(control), ranges, count * sizeof(*ranges));
+    int err = vfux_client_feature(client, VFU_FEATURE_SET | VFU_FEATURE_LOGGING_START, payload, (uint32_t)len, len, &reply);
+    vfux_free(&client->desc.alloc, payload, (size_t)len);
+    if (!err && vfu_feature_log_control(&reply, &control) == 0) {
+        if (!vfux_is_power_of_two(control.page_size))
+            return vfux_client_break(client, -EPROTO, "its dirty log has no possible page size");
+        *page_size = control.page_size;
+    }
+    return err;
+}
+
+/* A part of a report whose bitmap fits one message. */
+static int vfux_client_log_part(vfu_client *client, const vfu_wire_feature_log_report *report, uint8_t *bitmap)
+{
+    uint64_t len = vfux_client_bitmap_len(report);
+    vfu_wire_feature_log_report got;
+    const uint8_t *bits;
+    uint32_t bits_len;
+    vfu_msg reply;
+    int err = vfux_client_feature(client, VFU_FEATURE_GET | VFU_FEATURE_LOGGING_REPORT, report, sizeof(*report),
+                                  sizeof(*report) + len, &reply);
+    if (err)
+        return err;
+    if (vfu_feature_log_report(&reply, &got, &bits, &bits_len) || memcmp(&got, report, sizeof(got)) != 0 || bits_len != len)
+        return vfux_client_break(client, -EPROTO, "a reply is about another part of the dirty log");
+    memcpy(bitmap, bits, (size_t)len);
+    return 0;
+}
+
+VFU_API int vfu_client_log_report(vfu_client *client, uint64_t iova, uint64_t length, uint64_t page_size, uint64_t *bitmap,
+                                  size_t words)
+{
+    vfu_wire_feature_log_report report = {iova, length, page_size};
+    uint64_t len = vfux_client_bitmap_len(&report), room = (client->server_xfer - (uint64_t)sizeof(report)) / 8;
+    int err = 0;
+    if (!len || len / 8 > words)
+        return -EINVAL;
+    if (client->server_xfer < sizeof(report) + 8)
+        return -E2BIG;
+    for (uint64_t done = 0, part; done < len / 8 && !err; done += part) {
+        part = vfux_min(len / 8 - done, room);
+        report.iova = iova + done * 64 * page_size;
+        report.length = part == len / 8 - done ? length - (report.iova - iova) : part * 64 * page_size;
+        err = vfux_client_log_part(client, &report, (uint8_t *)(bitmap + done));
+    }
+    return err;
+}
+
+VFU_API int vfu_client_log_stop(vfu_client *client)
+{
+    vfu_msg reply;
+    return vfux_client_feature(client, VFU_FEATURE_SET | VFU_FEATURE_LOGGING_STOP, NULL, 0, 0, &reply);
 }
 
 #endif /* VFU_CODEC_ONLY */

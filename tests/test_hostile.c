@@ -395,7 +395,7 @@ static int do_call(vfu_client *client, unsigned n, uint8_t *mem, int fd)
         if (region.fd >= 0)
             close(region.fd);
         ck_assert(err == 0 || region.fd == -1);
-        ck_assert_uint_le(region.area_count, COUNT(region.areas));
+        ck_assert_uint_le(region.area_count, (1u << 20) / 16);
         return err;
     case 2: return vfu_client_irq_info(client, 2, &irq);
     case 3: return vfu_client_dma_map(client, 0, PAGE, VFU_IOMMU_READ | VFU_IOMMU_WRITE, mem, fd, 0);
