@@ -5,29 +5,17 @@
  * Against our own device, which runs in a thread; and against servers that misbehave. Those are scripts without a thread: their
  * replies are in the socket before the client asks, since its ids count from 0. Each test counts the process's descriptors.
  */
-#include "util.h"
-
-#include <pthread.h>
-
-static unsigned fds_at_start;
-static void note_fds(void) { fds_at_start = fds_open(); }
-static void check_fds(void) { ck_assert_uint_eq(fds_open(), fds_at_start); }
+#include "client.h"
 
 /* ---- with our own device --------------------------------------------------------------------------------------------------------------- */
 
 static rig R;
-static pthread_t device_thread;
+static served device;
 static uint8_t device_buffer[1 << 20];
 static vfu_dma transfer;
 static int transfer_result;
 
 enum { DMA_REGION_OFFSET = 0x40 }; /* a write of {iova, len, to_client} there, in BAR 0, starts a transfer; vector 3 tells its end */
-
-static void *run_device(void *arg)
-{
-    ck_assert_int_eq(vfu_dev_run(arg), 0);
-    return NULL;
-}
 
 static void transfer_done(vfu_dma *dma, int result)
 {
@@ -57,25 +45,19 @@ static void transfer_write(rig *r)
 
 static vfu_client *device_open(const vfu_client_desc *desc, uint32_t device_xfer)
 {
-    static struct sockaddr_un address;
-    socklen_t len;
-    vfu_client *client;
     vfu_dev_desc d = rig_desc(&R);
     d.max_data_xfer_size = device_xfer;
     R.on_write = transfer_write;
     R.on_work = transfer_work;
     rig_create(&R, &d);
-    ck_assert_int_eq(vfu_dev_attach(R.dev, listener(&address, &len)), 0);
-    ck_assert_int_eq(pthread_create(&device_thread, NULL, run_device, R.dev), 0);
-    ck_assert_int_eq(vfu_client_attach(&client, connect_to(&address, len), desc), 0);
-    return client;
+    serve(&device, R.dev);
+    return served_client(&device, desc);
 }
 
 static void device_close(vfu_client *client)
 {
     vfu_client_destroy(client);
-    vfu_dev_stop(R.dev);
-    pthread_join(device_thread, NULL);
+    serve_end(&device);
     rig_destroy(&R);
 }
 
@@ -226,77 +208,6 @@ START_TEST(device_memory)
 END_TEST
 
 /* ---- a scripted server -------------------------------------------------------------------------------------------------------------------- */
-
-static peer server;
-static uint16_t script_id; /* of the client's next request */
-static heap client_heap;
-
-/* Puts a message into the client's socket. */
-static void say_as(uint16_t id, uint16_t cmd, uint32_t flags, uint32_t error, uint32_t size, const void *payload, uint32_t len, const int *fds,
-                   unsigned fd_count)
-{
-    static uint8_t bytes[65536];
-    vfu_wire_header header = {.id = id, .cmd = cmd, .size = size, .flags = flags, .error = error};
-    memcpy(bytes, &header, sizeof(header));
-    if (len)
-        memcpy(bytes + 16, payload, len);
-    send_all(server.sock, bytes, 16 + len, fds, fd_count);
-}
-
-static void reply(uint16_t cmd, const void *payload, uint32_t len)
-{
-    say_as(script_id++, cmd, VFU_HDR_REPLY, 0, 16 + len, payload, len, NULL, 0);
-}
-
-/* The next message of the client, which must be there. */
-static vfu_msg heard(void)
-{
-    vfu_msg msg;
-    ck_assert_int_eq(peer_receive(&server), 1);
-    ck_assert_int_eq(vfu_msg_decode(server.bytes, server.have, &msg), 0);
-    return msg;
-}
-
-static int script_start(void)
-{
-    int pair[2];
-    make_pair(pair);
-    server = (peer){.sock = pair[0]};
-    script_id = 0;
-    client_heap = (heap){0};
-    return pair[1];
-}
-
-static vfu_client_desc script_desc(uint32_t timeout_ms)
-{
-    return (vfu_client_desc){.timeout_ms = timeout_ms ? timeout_ms : PATIENCE_MS, .alloc = heap_of(&client_heap), .logger = {.write = ignore_log}};
-}
-
-/* A client that a good server has greeted with this JSON. */
-static vfu_client *script_open_with(const char *json, uint32_t timeout_ms)
-{
-    uint8_t version[512] = {0};
-    vfu_client *client;
-    vfu_client_desc desc = script_desc(timeout_ms);
-    int sock = script_start();
-    memcpy(version + 4, json, strlen(json) + 1);
-    reply(VFU_CMD_VERSION, version, (uint32_t)(4 + (*json ? strlen(json) + 1 : 0)));
-    ck_assert_int_eq(vfu_client_attach(&client, sock, &desc), 0);
-    vfu_msg hello = heard();
-    ck_assert_uint_eq(hello.cmd, VFU_CMD_VERSION);
-    ck_assert_uint_eq(hello.u.version.major, 0);
-    ck_assert_uint_eq(hello.u.version.minor, 0);
-    return client;
-}
-
-static vfu_client *script_open(void) { return script_open_with("{\"capabilities\":{\"max_msg_fds\":3}}", 0); }
-
-static void script_close(vfu_client *client)
-{
-    vfu_client_destroy(client);
-    peer_close(&server);
-    ck_assert_uint_eq(client_heap.live, 0);
-}
 
 /* The client has given up: every call says so, at once. */
 static void check_broken(vfu_client *client)
