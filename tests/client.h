@@ -127,4 +127,13 @@ static inline void script_close(vfu_client *client)
     ck_assert_uint_eq(client_heap.live, 0);
 }
 
+/* The connection is as good as before. */
+static inline void check_usable(vfu_client *client)
+{
+    vfu_wire_device_info info, good = {.argsz = 16, .flags = VFU_DEVICE_INFO_PCI, .num_regions = 9, .num_irqs = 5};
+    reply(VFU_CMD_DEVICE_GET_INFO, &good, sizeof(good));
+    ck_assert_int_eq(vfu_client_info(client, &info), 0);
+    ck_assert_mem_eq(&info, &good, sizeof(good));
+}
+
 #endif /* VFU_TESTS_CLIENT_H */
