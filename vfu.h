@@ -7498,6 +7498,7 @@ typedef struct vfux_line {
     vfu_frame frame;
     uint64_t taken; /* bytes that the server had taken when it was last looked, while others wait */
     uint64_t until; /* ms; it must take some by then. 0: nothing waits */
+    bool held;      /* the device's requests are left in the buffer until there is room for an answer */
 } vfux_line;
 
 /* A file that mappings share, for reconnecting. */
@@ -7634,6 +7635,7 @@ static void vfux_line_close(vfux_line *line)
     vfu_conn_destroy(line->conn);
     line->conn = NULL;
     line->until = 0;
+    line->held = false;
 }
 
 /* The connection is of no more use. */
@@ -7918,8 +7920,8 @@ static int vfux_client_handle(vfu_client *client, vfux_line *line, const vfux_ca
         }
         if (!vfux_client_can_answer(line->conn))
             vfu_conn_flush(line->conn); /* an error will be seen by the next flush */
-        int got = vfux_client_can_answer(line->conn) ? vfu_conn_next(line->conn, &line->frame)
-                                                     : vfux_conn_next_reply(line->conn, &line->frame);
+        line->held = !vfux_client_can_answer(line->conn);
+        int got = line->held ? vfux_conn_next_reply(line->conn, &line->frame) : vfu_conn_next(line->conn, &line->frame);
         if (got < 0)
             return vfux_client_break(client, -EPROTO, "a message has an impossible size");
         if (!got)
@@ -7935,6 +7937,13 @@ static int vfux_client_handle(vfu_client *client, vfux_line *line, const vfux_ca
             return err;
     }
     return -EPIPE;
+}
+
+/* Is there something in the buffers that can be handled now? */
+static bool vfux_client_has_more(const vfu_client *client)
+{
+    return client->more || (client->main.held && vfux_client_can_answer(client->main.conn)) ||
+           (client->twin.held && vfux_client_can_answer(client->twin.conn));
 }
 
 static int vfux_client_handle_all(vfu_client *client, const vfux_call *stop)
@@ -8026,7 +8035,7 @@ static int vfux_client_step(vfu_client *client, int wake_fd, uint64_t until, con
     vfu_pollfd wanted[VFU_CLIENT_FDS];
     struct pollfd fds[VFU_CLIENT_FDS + 1];
     int err = vfux_client_flush_all(client, stop);
-    if (!err && client->more)
+    if (!err && vfux_client_has_more(client))
         err = vfux_client_handle_all(client, stop);
     if (err || (stop && stop->state == VFUX_CALL_DONE))
         return err ? err : vfux_client_flush_all(client, stop); /* answers to the device */
@@ -8034,8 +8043,8 @@ static int vfux_client_step(vfu_client *client, int wake_fd, uint64_t until, con
     for (unsigned i = 0; i < count; i++)
         fds[i] = (struct pollfd){.fd = wanted[i].fd, .events = wanted[i].events};
     fds[count] = (struct pollfd){.fd = wake_fd, .events = POLLIN};
-    int ready =
-        poll(fds, count + (wake_fd >= 0), client->more ? 0 : vfux_client_left_ms(vfux_min(until, vfux_client_deadline(client))));
+    int ready = poll(fds, count + (wake_fd >= 0),
+                     vfux_client_has_more(client) ? 0 : vfux_client_left_ms(vfux_min(until, vfux_client_deadline(client))));
     if (ready < 0 && errno != EINTR)
         return vfux_client_break(client, -errno, "");
     if (ready > 0 && fds[0].revents & ~POLLOUT)
@@ -8064,7 +8073,7 @@ VFU_API unsigned vfu_client_fds(vfu_client *client, vfu_pollfd fds[VFU_CLIENT_FD
 
 VFU_API int vfu_client_timeout(vfu_client *client)
 {
-    return client->more || client->done.first ? 0 : vfux_client_left_ms(vfux_client_deadline(client));
+    return vfux_client_has_more(client) || client->done.first ? 0 : vfux_client_left_ms(vfux_client_deadline(client));
 }
 
 VFU_API int vfu_client_flush(vfu_client *client)
@@ -8205,7 +8214,7 @@ static int vfux_client_take(vfu_client *client, vfux_call *call, vfu_completion 
 VFU_API int vfu_client_poll(vfu_client *client, vfu_completion *out)
 {
     int err = 0;
-    if (!client->done.first && client->more)
+    if (!client->done.first && vfux_client_has_more(client))
         err = vfux_client_handle_all(client, NULL);
     if (!err && !client->done.first && client->main.conn) {
         err = vfux_client_flush_all(client, NULL);

@@ -603,6 +603,77 @@ START_TEST(server_started_again)
 }
 END_TEST
 
+/* ---- both ends full --------------------------------------------------------------------------------------------------------- */
+
+enum { ASKED = 200, ASKED_SIZE = 64 << 10, WRITTEN = 60, WRITTEN_SIZE = 32 << 10 };
+
+/* A server that reads nothing before it has sent all its own requests, whose answers are more than anybody buffers; then answers
+ * the client's. Counts the answers. */
+static void *ask_before_reading(void *arg)
+{
+    peer p = {.sock = *(int *)arg};
+    unsigned answers = 0, requests = 0;
+    for (uint16_t i = 0; i < ASKED; i++) {
+        struct {
+            vfu_wire_header header;
+            vfu_wire_dma_access access;
+        } ask = {{i, VFU_CMD_DMA_READ, 32, 0, 0}, {0x100000, ASKED_SIZE}};
+        ck_assert(peer_send_wait(&p, &ask, sizeof(ask), NULL, 0));
+    }
+    while (answers < ASKED || requests < WRITTEN) {
+        ck_assert_int_eq(peer_wait(&p), 1);
+        vfu_wire_header header = header_of(p.bytes);
+        if (header.cmd == VFU_CMD_DMA_READ) {
+            ck_assert_uint_eq(header.id, answers++);
+            ck_assert_uint_eq(header.size, 32 + ASKED_SIZE);
+            continue;
+        }
+        uint8_t answer[32];
+        memcpy(answer, p.bytes, sizeof(answer));
+        header.size = 32;
+        header.flags = VFU_HDR_REPLY;
+        memcpy(answer, &header, sizeof(header));
+        ck_assert(peer_send_wait(&p, answer, sizeof(answer), NULL, 0));
+        requests++;
+    }
+    p.sock = -1;
+    peer_close(&p);
+    return NULL;
+}
+
+START_TEST(neither_end_reads_first)
+{
+    static uint8_t mem[ASKED_SIZE], data[WRITTEN_SIZE];
+    vfu_completion done;
+    pthread_t thread;
+    unsigned submitted = 0, completed = 0;
+    vfu_client *client = script_open();
+    reply(VFU_CMD_DMA_MAP, NULL, 0);
+    ck_assert_int_eq(vfu_client_dma_map(client, 0x100000, ASKED_SIZE, VFU_IOMMU_READ, mem, -1, 0), 0);
+    heard();
+    size_t before = client_heap.live;
+    unsigned long allocations = client_heap.count;
+    ck_assert_int_eq(pthread_create(&thread, NULL, ask_before_reading, &server.sock), 0);
+    while (completed < WRITTEN) {
+        while (submitted < WRITTEN && vfu_client_submit_write(client, 0, 0, data, WRITTEN_SIZE, NULL) >= 0)
+            submitted++;
+        if (submitted == completed) { /* the queue is full of answers */
+            ck_assert_int_eq(vfu_client_serve(client, -1, 1), 0);
+            continue;
+        }
+        ck_assert_int_eq(vfu_client_wait(client, VFU_CLIENT_ANY, &done), 1);
+        ck_assert_int_eq(done.result, 0);
+        completed++;
+    }
+    while (vfu_client_serve(client, -1, 10) == 0 && vfu_client_flush(client) == -EAGAIN) {
+    }
+    pthread_join(thread, NULL);
+    ck_assert_uint_eq(client_heap.live, before);
+    ck_assert_uint_eq(client_heap.count, allocations); /* requests, replies and DMA cost none */
+    script_close(client);
+}
+END_TEST
+
 int main(void)
 {
     Suite *suite = suite_create("client with a device");
@@ -630,6 +701,11 @@ int main(void)
     tcase_add_checked_fixture(tc, note_fds, check_fds);
     tcase_add_test(tc, twin_socket);
     tcase_add_test(tc, server_started_again);
+    suite_add_tcase(suite, tc);
+
+    tc = tcase_create("both ends full");
+    tcase_add_checked_fixture(tc, note_fds, check_fds);
+    tcase_add_test(tc, neither_end_reads_first);
     suite_add_tcase(suite, tc);
     return run_suite(suite);
 }
