@@ -38,7 +38,10 @@ typedef struct flag {
     const char *name;
 } flag;
 
-#define END_OF_FLAGS {0, NULL}
+#define END_OF_FLAGS \
+    { \
+        0, NULL \
+    }
 
 /* ---- printing ----------------------------------------------------------------------------------------------------------- */
 
@@ -173,9 +176,9 @@ static const char *extended_name(uint16_t id)
 
 static void print_capability(const device *d, uint8_t at)
 {
-    static const char *const express_types[] = {"Endpoint",      "Legacy Endpoint", "type 2",          "type 3",
-                                                "Root Port",     "Upstream Port",   "Downstream Port", "PCIe to PCI bridge",
-                                                "PCI to PCIe bridge"};
+    static const char *const express_types[] = {"Endpoint",        "Legacy Endpoint",    "type 2",
+                                                "type 3",          "Root Port",          "Upstream Port",
+                                                "Downstream Port", "PCIe to PCI bridge", "PCI to PCIe bridge"};
     uint8_t id = d->config[at];
     uint32_t control = word(d, at + 2u);
     printf("\tCapabilities: [%02x] %s", at, capability_name(id));
@@ -245,9 +248,9 @@ static const char *bar_kind(uint32_t bar)
 
 static void print_plainly(const device *d)
 {
-    static const flag control[] = {{0x01, "I/O"},      {0x02, "Mem"},      {0x04, "BusMaster"}, {0x08, "SpecCycle"},
-                                   {0x10, "MemWINV"},  {0x20, "VGASnoop"}, {0x40, "ParErr"},    {0x80, "Stepping"},
-                                   {0x100, "SERR"},    {0x200, "FastB2B"}, {0x400, "DisINTx"},  END_OF_FLAGS};
+    static const flag control[] = {{0x01, "I/O"},     {0x02, "Mem"},      {0x04, "BusMaster"}, {0x08, "SpecCycle"},
+                                   {0x10, "MemWINV"}, {0x20, "VGASnoop"}, {0x40, "ParErr"},    {0x80, "Stepping"},
+                                   {0x100, "SERR"},   {0x200, "FastB2B"}, {0x400, "DisINTx"},  END_OF_FLAGS};
     static const flag status[] = {{0x10, "Cap"},      {0x20, "66MHz"},     {0x80, "FastB2B"},   {0x100, "ParErr"},
                                   {0x800, ">TAbort"}, {0x1000, "<TAbort"}, {0x2000, "<MAbort"}, {0x4000, ">SERR"},
                                   {0x8000, "<PERR"},  {0x08, "INTx"},      END_OF_FLAGS};
@@ -379,7 +382,9 @@ static int ask_region(device *d, uint32_t index, vfu_msg *reply)
 
 static void print_regions(device *d)
 {
-    static const flag flags[] = {{VFU_REGION_INFO_READ, "read"}, {VFU_REGION_INFO_WRITE, "write"}, {VFU_REGION_INFO_MMAP, "mmap"},
+    static const flag flags[] = {{VFU_REGION_INFO_READ, "read"},
+                                 {VFU_REGION_INFO_WRITE, "write"},
+                                 {VFU_REGION_INFO_MMAP, "mmap"},
                                  END_OF_FLAGS};
     printf("Regions: %u\n", d->info.num_regions);
     for (uint32_t i = 0; i < d->info.num_regions && i < LISTED_MAX; i++) {
@@ -405,8 +410,10 @@ static void print_regions(device *d)
 static void print_interrupts(device *d)
 {
     static const char *const names[] = {"INTx", "MSI", "MSI-X", "ERR", "REQ"};
-    static const flag flags[] = {{VFU_IRQ_INFO_EVENTFD, "eventfd"},       {VFU_IRQ_INFO_MASKABLE, "maskable"},
-                                 {VFU_IRQ_INFO_AUTOMASKED, "automasked"}, {VFU_IRQ_INFO_NORESIZE, "noresize"},
+    static const flag flags[] = {{VFU_IRQ_INFO_EVENTFD, "eventfd"},
+                                 {VFU_IRQ_INFO_MASKABLE, "maskable"},
+                                 {VFU_IRQ_INFO_AUTOMASKED, "automasked"},
+                                 {VFU_IRQ_INFO_NORESIZE, "noresize"},
                                  END_OF_FLAGS};
     printf("Interrupts: %u\n", d->info.num_irqs);
     for (uint32_t i = 0; i < d->info.num_irqs && i < LISTED_MAX; i++) {
@@ -452,50 +459,45 @@ static void print_negotiated(const device *d)
 /* Migration, and descriptors that take writes of regions: last, because the oldest servers don't know the questions. */
 static void print_extras(device *d)
 {
-    static const flag modes[] = {{VFU_MIG_STOP_COPY, "stop-copy"}, {VFU_MIG_P2P, "p2p"}, {VFU_MIG_PRE_COPY, "pre-copy"},
+    static const flag modes[] = {{VFU_MIG_STOP_COPY, "stop-copy"},
+                                 {VFU_MIG_P2P, "p2p"},
+                                 {VFU_MIG_PRE_COPY, "pre-copy"},
                                  END_OF_FLAGS};
-    vfu_msg request, reply;
-    vfu_wire_feature_migration migration;
-    vfu_msg_init(&request, 0, VFU_CMD_DEVICE_FEATURE);
-    request.u.feature.argsz = sizeof(vfu_wire_feature) + sizeof(migration);
-    request.u.feature.flags = VFU_FEATURE_GET | VFU_FEATURE_MIGRATION;
+    uint64_t flags;
     printf("Migration:");
-    if (vfu_client_call(d->client, &request, NULL, 0, &reply, NULL, 0) == 0 && vfu_feature_migration(&reply, &migration) == 0)
-        print_set(modes, (uint32_t)migration.flags);
+    if (vfu_client_mig_flags(d->client, &flags) == 0)
+        print_set(modes, (uint32_t)flags);
     else
         printf(" no");
     printf("\n");
     for (uint32_t i = 0; i < d->info.num_regions && i < LISTED_MAX && vfu_client_fd(d->client) >= 0; i++) {
-        vfu_wire_sub_region sub;
+        static const char *const types[] = {"ioeventfd", "ioregionfd", "ioeventfd with shared memory"};
+        vfu_client_io_fd io[AREAS_MAX];
         int fds[VFU_FDS_MAX];
-        vfu_msg_init(&request, 0, VFU_CMD_DEVICE_GET_REGION_IO_FDS);
-        request.u.region_io_fds.argsz = 4096;
-        request.u.region_io_fds.index = i;
-        int err = vfu_client_call(d->client, &request, NULL, 0, &reply, fds, VFU_FDS_MAX);
+        int count = vfu_client_io_fds(d->client, i, io, AREAS_MAX, fds);
         for (unsigned k = 0; k < VFU_FDS_MAX; k++)
             if (fds[k] >= 0)
                 close(fds[k]);
-        for (uint32_t k = 0; !err && k < AREAS_MAX && vfu_msg_sub_region(&reply, k, &sub) == 0; k++)
-            printf("%s of region %u: offset 0x%llx, %llu bytes\n",
-                   sub.type == VFU_IO_FD_IOEVENTFD      ? "ioeventfd"
-                   : sub.type == VFU_IO_FD_IOREGIONFD ? "ioregionfd"
-                                                      : "descriptor",
-                   i, (unsigned long long)sub.offset, (unsigned long long)sub.size);
+        for (int k = 0; k < count && k < AREAS_MAX; k++)
+            printf("%s of region %u: offset 0x%llx, %llu bytes\n", io[k].type < 3 ? types[io[k].type] : "descriptor", i,
+                   (unsigned long long)io[k].offset, (unsigned long long)io[k].size);
     }
 }
 
 /* ------------------------------------------------------------------------------------------------------------------------- */
 
-static int usage(const char *name, FILE *out)
+static int usage(const char *path, FILE *out)
 {
+    const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path;
     fprintf(out,
             "usage: %s --socket-path=PATH [-x] [--plain]\n"
-            "Prints a vfio-user device as lspci -vvv does, then its regions, interrupts and capabilities.\n"
+            "Prints a vfio-user device as lspci -vvv does, then its regions, interrupts and\n"
+            "capabilities.\n"
             "  --socket-path=PATH  the device's UNIX socket\n"
             "  -x                  print the bytes of the configuration space, too\n"
             "  --plain             don't ask lspci to decode it\n"
             "  --help              print this\n"
-            "Status: 0, 1 when the device can't be reached or doesn't answer, 2 for wrong arguments.\n"
+            "Status: 0, 1 when the device doesn't answer, 2 for wrong arguments.\n"
             "example: %s --socket-path=/tmp/engine.sock\n",
             name, name);
     return out == stdout ? 0 : 2;

@@ -59,7 +59,7 @@ typedef struct verb {
      * map, any number; ?: what follows may be left away. */
     const char *operands;
     int (*run)(session *s, const command *c);
-    const char *form, *help;
+    const char *form, *help; /* NULL: told with the verb before */
 } verb;
 
 /* ---- printing ----------------------------------------------------------------------------------------------------------- */
@@ -151,6 +151,11 @@ static int run_expect(session *s, const command *c)
         if (err < 0)
             return err;
     }
+}
+
+static int run_direct(session *s, const command *c)
+{
+    return vfu_client_region_open(s->client, (uint32_t)c->n[0], VFU_CLIENT_BY_MEMORY | VFU_CLIENT_BY_EVENTFD);
 }
 
 static int run_reset(session *s, const command *c)
@@ -351,6 +356,7 @@ static const verb verbs[] = {
     {"read", "rnn", run_read, "REGION OFFSET LEN", "1, 2, 4, 8 bytes: a number, else a dump"},
     {"write", "rnwv", run_write, "REGION OFFSET WIDTH VALUE", ""},
     {"expect", "rnwv?n", run_expect, "REGION OFFSET WIDTH VALUE [MS]", "fails unless it reads VALUE (within MS)"},
+    {"direct", "r", run_direct, "REGION", "use its memory and ioeventfds from now"},
     {"map", "nnm", run_map, "IOVA SIZE [ro|wo] [nofd] [file=PATH]", "give memory; nofd: by message"},
     {"unmap", "nn", run_unmap, "IOVA SIZE", ""},
     {"mem", "nn", run_mem, "IOVA LEN", "print that memory, as read does"},
@@ -358,18 +364,20 @@ static const verb verbs[] = {
     {"poke", "nwv", run_poke, "IOVA WIDTH VALUE", "write a number to it"},
     {"irq", "inn", run_irq, "KIND START COUNT", "have interrupts signalled; 0 0: no more"},
     {"wait", "inn", run_wait, "KIND NUMBER MS", "wait for one; prints how often it came"},
-    {"mask", "inn", run_mask, "KIND START COUNT", ""},
-    {"unmask", "inn", run_unmask, "KIND START COUNT", ""},
+    {"mask", "inn", run_mask, "KIND START COUNT", "and unmask"},
+    {"unmask", "inn", run_unmask, NULL, NULL},
     {"reset", "", run_reset, "", ""},
     {"sleep", "n", run_sleep, "MS", "answer DMA messages meanwhile"},
 };
 
-static int usage(const char *name, FILE *out)
+static int usage(const char *path, FILE *out)
 {
+    const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path;
     fprintf(out, "usage: %s --socket-path=PATH [COMMAND, COMMAND...]\n", name);
     fprintf(out, "Does commands with a vfio-user device, or those in standard input, a line each.\n");
     for (size_t i = 0; i < sizeof(verbs) / sizeof(verbs[0]); i++)
-        fprintf(out, "  %-6s %-31s%s%s\n", verbs[i].name, verbs[i].form, *verbs[i].help ? " " : "", verbs[i].help);
+        if (verbs[i].form)
+            fprintf(out, *verbs[i].help ? "  %-6s %-31s %s\n" : "  %-6s %s\n", verbs[i].name, verbs[i].form, verbs[i].help);
     fprintf(out,
             "REGION: bar0 to bar5, rom, config, vga, a number. KIND: intx, msi, msix, err,\n"
             "req, a number. Numbers: 10, 0x10, 4k, 1m, 1g.\n"

@@ -18,17 +18,17 @@
 #include <sys/resource.h>
 
 enum {
-    ROOM = 256 << 10,            /* bytes that one recvmsg() takes at least */
-    LOOKED_AT_MAX = 1100 << 10,  /* bytes of a message that is decoded; of larger ones only the header is printed */
+    ROOM = 256 << 10,                 /* bytes that one recvmsg() takes at least */
+    LOOKED_AT_MAX = 1100 << 10,       /* bytes of a message that is decoded; of larger ones only the header is printed */
     MESSAGE_MAX = (64 << 20) + 65536, /* bytes; a larger size field is no vfio-user: QEMU's limit for data is 64 MiB */
-    GREETING_MAX = 8192,         /* bytes of a VERSION reply that is looked at for a twin socket */
-    COMMANDS = 20,               /* the last one stands for all that have no name */
-    WAITING_MAX = 1024,          /* commands of one side that wait for their replies */
-    BUCKETS = 64 * 16,           /* of latencies: 16 for each power of two nanoseconds */
-    FLUSH_MS = 20,               /* how long a line may stay in the buffer when nothing happens */
-    SLOW_MS = 1000,              /* a reply that takes longer is worth a line */
+    GREETING_MAX = 8192,              /* bytes of a VERSION reply that is looked at for a twin socket */
+    COMMANDS = 20,                    /* the last one stands for all that have no name */
+    WAITING_MAX = 1024,               /* commands of one side that wait for their replies */
+    BUCKETS = 64 * 16,                /* of latencies: 16 for each power of two nanoseconds */
+    FLUSH_MS = 20,                    /* how long a line may stay in the buffer when nothing happens */
+    SLOW_MS = 1000,                   /* a reply that takes longer is worth a line */
     MAPS_SHOWN = 32,
-    DATA_SHOWN = 64              /* bytes of data in a JSON line */
+    DATA_SHOWN = 64 /* bytes of data in a JSON line */
 };
 
 typedef enum side { CLIENT = 0, DEVICE = 1 } side;
@@ -50,17 +50,17 @@ typedef struct stream {
     int from, to; /* borrowed from the channel */
     side sender;
     bool twin;
-    bool raw;       /* the bytes are no messages any more */
-    bool ended;     /* the sender says no more */
-    bool closed;    /* and the receiver was told so */
-    bool deaf;      /* the receiver takes no more */
-    bool greeted;   /* the first message has gone */
-    bool giant;     /* the message under way is too large to be looked at, and only counted */
-    bool stuck;     /* the receiver is slow: wait for it */
-    uint64_t when;  /* ns, of the last bytes */
+    bool raw;      /* the bytes are no messages any more */
+    bool ended;    /* the sender says no more */
+    bool closed;   /* and the receiver was told so */
+    bool deaf;     /* the receiver takes no more */
+    bool greeted;  /* the first message has gone */
+    bool giant;    /* the message under way is too large to be looked at, and only counted */
+    bool stuck;    /* the receiver is slow: wait for it */
+    uint64_t when; /* ns, of the last bytes */
     uint8_t *buf;
     size_t start, sent, end;
-    size_t edge; /* where the message under way ends, may be behind `end`; equal to `sent` between messages */
+    size_t edge;       /* where the message under way ends, may be behind `end`; equal to `sent` between messages */
     unsigned fds_sent; /* with the message under way */
     batch batches[2];  /* at most one waits with a message that is held, and one is new */
     unsigned batch_count;
@@ -69,7 +69,7 @@ typedef struct stream {
 /* A pair of sockets. */
 typedef struct channel {
     bool open;
-    int fds[2]; /* by side */
+    int fds[2];        /* by side */
     stream streams[2]; /* by sender */
 } channel;
 
@@ -92,15 +92,15 @@ static struct {
     uint32_t only; /* bits of commands that are printed */
     const char *to;
 
-    uint64_t began;      /* ns, of this session */
+    uint64_t began; /* ns, of this session */
     uint64_t sessions;
-    channel channels[2]; /* main and twin */
+    channel channels[2];           /* main and twin */
     waiting waits[2][WAITING_MAX]; /* by who sent the command, oldest first */
     unsigned wait_count[2];
     count counts[2][COMMANDS];
     uint64_t messages, bytes, fds, lost; /* lost: replies to nothing that was asked */
-    vfu_iommu *maps;     /* what the device may reach now, as far as replies said so; `user` holds the flags and MAP_WITH_FD */
-    bool dirty;          /* lines wait in stdout's buffer */
+    vfu_iommu *maps; /* what the device may reach now, as far as replies said so; `user` holds the flags and MAP_WITH_FD */
+    bool dirty;      /* lines wait in stdout's buffer */
 } t;
 
 #define MAP_WITH_FD 0x10u /* beside VFU_DMA_* */
@@ -328,8 +328,8 @@ static const char *slot_name(unsigned i) { return i < COMMANDS - 1 ? vfu_cmd_nam
 /* What is printed of one message besides itself. */
 typedef struct line {
     const stream *s;
-    uint32_t size; /* bytes */
-    int decoded;   /* what the decoder said */
+    uint32_t size;          /* bytes */
+    int decoded;            /* what the decoder said */
     const waiting *answers; /* the command, if this is its reply; NULL: none was found */
 } line;
 
@@ -370,8 +370,8 @@ static void print_text(const vfu_msg *m, const line *l)
     vfu_msg_render(m, text, sizeof(text));
     if (l->decoded || l->s->giant) /* nothing but the header is known */
         snprintf(text, sizeof(text), "%s 0x%04x %s", reply ? "<-" : "->", m->id, vfu_cmd_name(m->cmd));
-    printf("%s%12.6f%s %s%s %s%s", colour(GREY), seconds(l->s->when), colour(PLAIN), colour(shade),
-           side_names[l->s->sender], text, colour(PLAIN));
+    printf("%s%12.6f%s %s%s %s%s", colour(GREY), seconds(l->s->when), colour(PLAIN), colour(shade), side_names[l->s->sender],
+           text, colour(PLAIN));
     if (l->decoded == -ENOSYS)
         printf(" no such command: %u, %u bytes", m->cmd, l->size);
     else if (l->decoded)
@@ -975,20 +975,22 @@ static uint32_t parse_filter(char *list)
     return bits;
 }
 
-static int usage(const char *name, FILE *out)
+static int usage(const char *path, FILE *out)
 {
+    const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path;
     fprintf(out,
-            "usage: %s --socket-path=LISTEN --to=PATH [--filter=CMD,...] [--json] [--summary]\n"
+            "usage: %s --socket-path=LISTEN --to=PATH [OPTION...]\n"
             "Sits between a vfio-user client and its device and prints what they say.\n"
             "  --socket-path=LISTEN  where the client connects, instead of to the device\n"
             "  --to=PATH             where the device listens\n"
-            "  --filter=CMD,...      print these commands alone: dma_map, region_read, set_irqs...\n"
+            "  --filter=CMD,...      print these commands alone: dma_map, region_read...\n"
             "  --json                one JSON object per line\n"
             "  --summary             print no messages, only the counts at the end\n"
             "  --help                print this\n"
-            "-> is a command, <- its reply with the time it took; [...] tells who waits for what\n"
+            "-> is a command, <- its reply with the time it took; [...] is who waits for what\n"
             "meanwhile. Clients are served one after the other, with a summary after each;\n"
-            "SIGINT and SIGTERM end it. Status: 0, 1 on an error, 2 for wrong arguments.\n"
+            "SIGINT and SIGTERM end it. NO_COLOR in the environment: no colours.\n"
+            "Status: 0, 1 on an error, 2 for wrong arguments.\n"
             "example: dma_engine --socket-path=/tmp/engine.sock &\n"
             "         %s --socket-path=/tmp/traced.sock --to=/tmp/engine.sock &\n"
             "         dma_client --socket-path=/tmp/traced.sock\n",
