@@ -4552,8 +4552,10 @@ VFU_API int vfu_sock_listen(const char *path)
         unlink(path);
         err = bind(fd, (struct sockaddr *)&address, sizeof(address)) < 0 ? -errno : 0;
     }
-    if (!err && listen(fd, 16) < 0)
+    if (!err && listen(fd, 16) < 0) {
         err = -errno;
+        unlink(path);
+    }
     if (err)
         vfux_close(&fd);
     vfux_close(&lock);
@@ -7401,11 +7403,12 @@ VFU_API int vfu_dev_listen(vfu_dev *dev, const char *path)
     if (!copy)
         return -ENOMEM;
     memcpy(copy, path, strlen(path) + 1);
-    int fd = vfu_sock_listen(path);
-    if (fd < 0 || lstat(path, &st) < 0) {
-        vfux_free(&dev->desc.alloc, copy, strlen(path) + 1);
-        int err = fd < 0 ? fd : -errno;
+    int fd = vfu_sock_listen(path), err = fd < 0 ? fd : lstat(path, &st) < 0 ? -errno : 0;
+    if (err) {
+        if (fd >= 0)
+            unlink(path);
         vfux_close(&fd);
+        vfux_free(&dev->desc.alloc, copy, strlen(path) + 1);
         return err;
     }
     dev->listener = fd;
