@@ -4123,6 +4123,13 @@ static int64_t vfux_socket_send(void *ctx, const vfu_slice *slices, unsigned cou
     return n;
 }
 
+/* Close-on-exec and non-blocking. */
+static int vfux_set_flags(int fd)
+{
+    int flags = fcntl(fd, F_GETFL);
+    return flags < 0 || fcntl(fd, F_SETFD, FD_CLOEXEC) < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) < 0 ? -errno : 0;
+}
+
 VFU_API int vfu_conn_create(vfu_conn **out, const vfu_conn_desc *desc)
 {
     int fd = desc->io ? -1 : desc->fd;
@@ -4131,11 +4138,8 @@ VFU_API int vfu_conn_create(vfu_conn **out, const vfu_conn_desc *desc)
     int err = max_msg < VFU_HDR_SIZE || max_msg > INT_MAX - VFUX_RX_EXTRA || max_fds > VFU_FDS_MAX ? -EINVAL : 0;
     vfu_conn *conn = NULL;
     *out = NULL;
-    if (!err && !desc->io) {
-        int flags = fcntl(fd, F_GETFL), cloexec = fcntl(fd, F_SETFD, FD_CLOEXEC);
-        if (flags < 0 || cloexec < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) < 0)
-            err = -errno;
-    }
+    if (!err && !desc->io)
+        err = vfux_set_flags(fd);
     if (!err && !(conn = vfux_allocate_zero(&desc->alloc, sizeof(*conn))))
         err = -ENOMEM;
     if (!err) {
@@ -7425,10 +7429,8 @@ VFU_API int vfu_dev_attach(vfu_dev *dev, int fd)
     int err = dev->listener >= 0 || dev->conn ? -EBUSY : 0;
     if (!err && getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listening, &len) < 0)
         err = -errno;
-    if (!err && listening && fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK) < 0)
-        err = -errno;
-    if (!err && listening && fcntl(fd, F_SETFD, FD_CLOEXEC) < 0)
-        err = -errno;
+    if (!err && listening)
+        err = vfux_set_flags(fd);
     if (err)
         close(fd);
     else if (listening)
