@@ -5336,10 +5336,9 @@ static int vfux_window_map(vfux_window *window, int fd, uint64_t offset, uint64_
     return 0;
 }
 
-static int vfux_window_make(vfu_dev *dev, vfux_window **out, int fd, const struct stat *st, uint64_t offset, uint64_t size,
-                            bool write)
+static int vfux_window_make(vfu_dev *dev, vfux_window **out, int fd, int access, const struct stat *st, uint64_t offset,
+                            uint64_t size, bool write)
 {
-    int access = fcntl(fd, F_GETFL) & O_ACCMODE;
     vfux_window *window = dev->window_count < VFUX_WINDOWS_MAX ? vfux_allocate_zero(&dev->desc.alloc, sizeof(*window)) : NULL;
     if (!window)
         return -ENOMEM;
@@ -5381,7 +5380,9 @@ static int vfux_window_get(vfu_dev *dev, vfux_window **out, int fd, uint64_t off
         dev->why = "the descriptor is no file";
         return -ENODEV;
     }
-    int access = fcntl(fd, F_GETFL) & O_ACCMODE; /* of this very descriptor, whatever others of the same file allowed */
+    int flags = fcntl(fd, F_GETFL), access = flags & O_ACCMODE; /* of this very descriptor, whatever others of the file allowed */
+    if (flags < 0)
+        return -errno;
     if (access == O_WRONLY || (write && access != O_RDWR)) {
         dev->why = "the descriptor doesn't allow that access";
         return -EACCES;
@@ -5395,7 +5396,7 @@ static int vfux_window_get(vfu_dev *dev, vfux_window **out, int fd, uint64_t off
            !(window->dev == st.st_dev && window->ino == st.st_ino && (window->writable || !write) && offset >= window->offset &&
              offset - window->offset <= window->len && size <= window->len - (offset - window->offset)))
         window = window->next;
-    int err = window ? 0 : vfux_window_make(dev, &window, fd, &st, offset, size, write);
+    int err = window ? 0 : vfux_window_make(dev, &window, fd, access, &st, offset, size, write);
     if (!err) {
         window->refs++;
         *out = window;
