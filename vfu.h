@@ -3945,6 +3945,7 @@ VFU_API int vfu_msg_render(const vfu_msg *msg, char *out, size_t cap)
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
 #include <sys/vfs.h>
 #include <sys/un.h>
@@ -5177,12 +5178,36 @@ static int vfux_guard(void *ctx, void (*body)(void *arg), void *arg, const void 
 
 /* ---- the client's memory ------------------------------------------------------------------------------------------------ */
 
+/* Adds to an eventfd. Did it take that? */
+static bool vfux_event_write(int fd, uint64_t count)
+{
+    ssize_t n;
+    do
+        n = write(fd, &count, sizeof(count));
+    while (n < 0 && errno == EINTR);
+    return n == sizeof(count);
+}
+
+/* Takes what a client's eventfd has counted. Was there something? The client has it, too, and may have taken it itself by now, so
+ * the descriptor's own flags don't decide whether this waits; it may on a Linux before 5.8, whose eventfds don't know how not to. */
+static bool vfux_event_take(int fd)
+{
+    uint64_t count;
+    ssize_t n = -1;
+    errno = EOPNOTSUPP;
+#ifdef SYS_preadv2
+    struct iovec iov = {.iov_base = &count, .iov_len = sizeof(count)};
+    n = syscall(SYS_preadv2, fd, &iov, 1L, -1L, -1L, 8 /* RWF_NOWAIT */);
+#endif
+    if (n < 0 && (errno == EOPNOTSUPP || errno == ENOSYS))
+        n = read(fd, &count, sizeof(count));
+    return n > 0;
+}
+
 static void vfux_wake(vfu_dev *dev)
 {
-    uint64_t one = 1;
     if (!atomic_exchange(&dev->woken, true))
-        while (write(dev->wake_fd, &one, sizeof(one)) < 0 && errno == EINTR) {
-        }
+        vfux_event_write(dev->wake_fd, 1);
 }
 
 static void vfux_wait_done(vfu_dma *dma, int result)
@@ -5434,7 +5459,6 @@ static unsigned vfux_raise_enter(vfu_dev *dev)
 /* Signals an interrupt that is assigned. From the moment the thread counts itself until it stops, the eventfd stays open. */
 static int vfux_irq_signal(vfu_dev *dev, uint32_t i)
 {
-    uint64_t one = 1;
     int err = -ENOENT;
     unsigned epoch = vfux_raise_enter(dev);
     int irq = atomic_load(&dev->irqs[i]);
@@ -5443,8 +5467,7 @@ static int vfux_irq_signal(vfu_dev *dev, uint32_t i)
          * already. */
         struct pollfd ready = {.fd = irq >> 1, .events = POLLOUT};
         if (!(irq & 1) || poll(&ready, 1, 0) > 0)
-            while (write(irq >> 1, &one, sizeof(one)) < 0 && errno == EINTR) {
-            }
+            vfux_event_write(irq >> 1, 1);
         err = 0;
     }
     atomic_fetch_sub(&dev->raisers[epoch], 1);
@@ -5460,7 +5483,8 @@ static void vfux_irqs_replace(vfu_dev *dev, uint32_t first, uint32_t count, cons
     for (uint32_t done = 0, part; done < count; done += part) {
         part = (uint32_t)vfux_min(count - done, sizeof(old) / sizeof(old[0]));
         for (uint32_t i = 0; i < part; i++) {
-            int fd = fds ? fds[done + i] : -1, blocking = fd >= 0 && !(fcntl(fd, F_GETFL) & O_NONBLOCK);
+            int fd = fds ? fds[done + i] : -1, flags = fd < 0 ? 0 : fcntl(fd, F_GETFL);
+            int blocking = flags < 0 || !(flags & O_NONBLOCK);
             old[i] = atomic_exchange(&dev->irqs[first + done + i], fd < 0 ? -1 : fd * 2 + blocking);
         }
         unsigned epoch = atomic_fetch_add(&dev->raise_epoch, 1) & 1;
@@ -5476,8 +5500,7 @@ static void vfux_irqs_replace(vfu_dev *dev, uint32_t first, uint32_t count, cons
 static bool vfux_is_eventfd(int fd)
 {
     struct stat st;
-    uint64_t zero = 0;
-    return fstat(fd, &st) == 0 && !(st.st_mode & S_IFMT) && write(fd, &zero, sizeof(zero)) == sizeof(zero);
+    return fstat(fd, &st) == 0 && !(st.st_mode & S_IFMT) && vfux_event_write(fd, 0);
 }
 
 /* Signals INTx if its level is up and nothing holds it back; that masks it until the client has dealt with it. */
@@ -5500,10 +5523,8 @@ static void vfux_intx_unmask(vfu_dev *dev)
 /* The client's end-of-interrupt eventfd. */
 static void vfux_intx_check_unmask(vfu_dev *dev)
 {
-    uint64_t count;
     struct pollfd ready = {.fd = dev->intx.unmask_fd, .events = POLLIN};
-    if (dev->intx.unmask_fd >= 0 && dev->intx.masked && poll(&ready, 1, 0) > 0 &&
-        read(dev->intx.unmask_fd, &count, sizeof(count)) > 0)
+    if (dev->intx.unmask_fd >= 0 && dev->intx.masked && poll(&ready, 1, 0) > 0 && vfux_event_take(dev->intx.unmask_fd))
         vfux_intx_unmask(dev);
 }
 
