@@ -51,7 +51,8 @@ ABSENT := $(if $(wildcard tests/firmware.sh),,check-firmware)
 .DELETE_ON_ERROR:
 .SUFFIXES:
 .PHONY: help examples demo deps tests check check-normal check-asan check-clang check-tsan check-stress check-compile \
-    check-qemu check-firmware bench bench-iommu size check-qemu-long bench-nvme install uninstall clean FORCE
+    check-hostile check-qemu check-firmware bench-iommu bench size check-qemu-long bench-nvme install uninstall clean \
+    FORCE
 
 help: ## list the targets
 	@awk -v absent=' $(ABSENT) ' '/^[a-z-]+:.*## / { name = $$1; sub(/:.*/, "", name); sub(/^.*## /, "");            \
@@ -115,6 +116,11 @@ check-tsan: $(TSAN_PROGRAMS) ## run the tests with threads under ThreadSanitizer
 
 check-stress: | $(AFTER_DEPS) ## unmap under fire, a million times, beside a control that must fail
 	@CC='$(CC)' tests/stress_iommu.sh $(BUILD)
+
+# Sieges are shortened in `check`.
+check-hostile: $(NORMAL_PROGRAMS) $(ASAN_PROGRAMS) ## hostile peers in full: floods, 10,000 aborts, 1,000 times kill -9 of each side
+	@VFU_SIEGE=1 sh tests/run.sh $(BUILD) test_hostile test_mistakes test_siege
+	@VFU_SIEGE=1 sh tests/run.sh $(BUILD)/asan test_hostile test_mistakes test_siege
 
 # Status 77 says that something the test needs can't be had here, which the script has explained: no failure.
 check-qemu: examples | $(AFTER_DEPS) ## run Linux guests in an unmodified QEMU against the example device
