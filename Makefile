@@ -6,6 +6,7 @@
 #   WERROR=-Werror               turns the warnings into errors
 #   BUILD                        where everything built goes
 #   ROUNDS                       how often `bench` measures everything
+#   MINUTES                      how long `fuzz` takes
 #   PREFIX DESTDIR               where `install` puts the headers
 #   BENCH_NVME                   arguments of tests/qemu/bench_nvme.sh
 
@@ -51,8 +52,8 @@ ABSENT := $(if $(wildcard tests/firmware.sh),,check-firmware)
 .DELETE_ON_ERROR:
 .SUFFIXES:
 .PHONY: help examples demo deps tests check check-normal check-asan check-clang check-tsan check-stress check-compile \
-    check-hostile check-qemu check-firmware bench-iommu bench size check-qemu-long bench-nvme install uninstall clean \
-    FORCE
+    check-hostile fuzz check-qemu check-firmware bench-iommu bench size check-qemu-long bench-nvme install uninstall \
+    clean FORCE
 
 help: ## list the targets
 	@awk -v absent=' $(ABSENT) ' '/^[a-z-]+:.*## / { name = $$1; sub(/:.*/, "", name); sub(/^.*## /, "");            \
@@ -121,6 +122,10 @@ check-stress: | $(AFTER_DEPS) ## unmap under fire, a million times, beside a con
 check-hostile: $(NORMAL_PROGRAMS) $(ASAN_PROGRAMS) ## hostile peers in full: floods, 10,000 aborts, 1,000 times kill -9 of each side
 	@VFU_SIEGE=1 sh tests/run.sh $(BUILD) test_hostile test_mistakes test_siege
 	@VFU_SIEGE=1 sh tests/run.sh $(BUILD)/asan test_hostile test_mistakes test_siege
+
+MINUTES ?= 5
+fuzz: | $(AFTER_DEPS) ## fuzz both endpoints, the JSON parser and the vIOMMU for MINUTES in all (5), with libFuzzer
+	@CLANG='$(CLANG)' CPPFLAGS='$(CPPFLAGS)' tests/fuzz/run.sh '$(BUILD)' '$(MINUTES)' || test $$? -eq 77
 
 # Status 77 says that something the test needs can't be had here, which the script has explained: no failure.
 check-qemu: examples | $(AFTER_DEPS) ## run Linux guests in an unmodified QEMU against the example device

@@ -183,8 +183,10 @@ static ssize_t fault_recvmsg(const char *where, int fd, struct msghdr *msg, int 
     struct iovec first = msg->msg_iov[0];
     struct iovec *all = msg->msg_iov;
     int how = next_fault(where, RECVMSG);
-    if (how == END)
+    if (how == END) {
+        msg->msg_controllen = 0;
         return 0;
+    }
     if (how > 0) {
         errno = how;
         return -1;
