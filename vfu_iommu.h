@@ -82,7 +82,8 @@
  * HOW IT WORKS: THE MEMORY-ORDER ARGUMENT
  *
  * Mappings are nodes of an AVL tree, in an array that lives as long as the table: a node that is removed is used again for
- * another mapping but is never anything else than a node. `state` of a node is odd while its mapping is live.
+ * another mapping but is never anything else than a node. `state` of a node says whether its mapping is live, and counts on
+ * with every change, so that no value comes back while anybody remembers it.
  *
  *     reader                                         unmap
  *     R1  hazard = node          (seq_cst store)     U1  state = dead            (seq_cst store)
@@ -98,10 +99,12 @@
  *  2. The copy of R3 moves past the end of the unmap. U2 stops waiting when it reads what R4, or a later store of the same
  *     reader, has written; all of these are releases and U2 acquires, so all of R3 happens before U3.
  *
- * The translation cache of a reader, the hints that readers share, and the walk through the tree without the lock are therefore
- * only hints: whatever node they name, stale, used again or wrong, R1 to R3 decide with that node's own state, bounds and
- * permission. A hint that finds nothing is not believed either: a miss is looked up again under the lock before it becomes a
- * fault.
+ * The translation cache and the walk through the tree without the lock are therefore only hints: whatever node they name,
+ * stale, used again or wrong, R1 to R3 decide with that node's own state, bounds and permission. A miss is not believed
+ * either. It becomes a fault when there is proof that at one moment of the call nothing was mapped there: the node that has
+ * the address is dead and still in the tree, or a walk found none while the tree's version stayed the same; else the lock is
+ * taken to see. What is asked without touching the memory (probe, and the check of a whole range before its first byte
+ * moves) takes a node's fields as one when its state was the same before and after.
  *
  * A local reader skips R1 and R4: U1 to U3 are the same thread's, so none of them comes between R2 and the end of R3. (While a
  * dirty log runs it doesn't skip them: another thread that maps may rebuild the log's index, and waits for the hazards then.)
@@ -243,9 +246,9 @@ typedef struct vfu_iommu_stuck {
 
 /* How to make a table. Zero means the default that stands at the field. */
 typedef struct vfu_iommu_desc {
-    uint32_t max_mappings;  /* 0: 65535; at most 2^31 - 1. 88 to 112 bytes each, taken from the system when first used */
+    uint32_t max_mappings;  /* 0: 65535; at most 2^31 - 1. 80 to 96 bytes each, taken from the system when first used */
     uint32_t max_readers;   /* 0: 16; at most 4096 */
-    uint32_t cache_entries; /* 0: 1024; 4 bytes each per reader, a power of two, at most 2^20 */
+    uint32_t cache_entries; /* 0: two for each mapping, at least 1024. A power of two; 8 bytes each, in use as mappings come */
     uint64_t granule;       /* 0: 1. Addresses and sizes of mappings and unmaps are multiples of this power of two */
     uint64_t dirty_limit;   /* 0: 64 MiB. Bytes that the dirty log may take; while its index grows there are two for a moment */
 
@@ -478,7 +481,7 @@ enum {
     VFUX_LEAF_SHIFT = 9,                        /* a leaf of the dirty log has 2^9 pages */
     VFUX_LEAF_WORDS = 16,
     VFUX_PAGE_SHIFT = 12, /* addresses of one such page share a hint */
-    VFUX_HINTS_MIN = 1024 /* shared hints, when there are any */
+    VFUX_HINTS = 1024     /* hints in use at the start */
 };
 
 /* An address of a node, which readers look at while it may change. On 32-bit machines, few of which have an atomic access of 64
@@ -491,53 +494,66 @@ typedef struct vfux_address {
 } vfux_address;
 #endif
 
-static uint64_t vfux_address_get(vfux_address *a)
+static uint64_t vfux_address_load(vfux_address *a, memory_order order)
 {
 #if UINTPTR_MAX > UINT32_MAX
-    return atomic_load_explicit(a, memory_order_relaxed);
+    return atomic_load_explicit(a, order);
 #else
-    uint64_t high = atomic_load_explicit(&a->high, memory_order_relaxed);
-    return high << 32 | atomic_load_explicit(&a->low, memory_order_relaxed);
+    uint64_t high = atomic_load_explicit(&a->high, order);
+    return high << 32 | atomic_load_explicit(&a->low, order);
 #endif
 }
 
 static void vfux_address_set(vfux_address *a, uint64_t value)
 {
 #if UINTPTR_MAX > UINT32_MAX
-    atomic_store_explicit(a, value, memory_order_relaxed);
+    atomic_store_explicit(a, value, memory_order_release);
 #else
-    atomic_store_explicit(&a->low, (uint32_t)value, memory_order_relaxed);
-    atomic_store_explicit(&a->high, (uint32_t)(value >> 32), memory_order_relaxed);
+    atomic_store_explicit(&a->low, (uint32_t)value, memory_order_release);
+    atomic_store_explicit(&a->high, (uint32_t)(value >> 32), memory_order_release);
 #endif
 }
 
 /* A mapping in the tree. Readers look at every field without the lock, under the rules of HOW IT WORKS:
  *   iova, last, left, right   at any time, as a hint
- *   base, io, prot, flags     while they hold the node and it is live
+ *   iova, last, prot          as they were at one moment, when the state was the same before and after (vfux_peek)
+ *   all but next and height   while they hold the node and it is live
  *
  *      0       8       16      24     32     40      44     48     52      56     60
- *      | iova  | last  | base  | io   | user | state | pins | left | right | next | height prot flags - |          (64-bit) */
+ *      | iova  | last  | base  | io   | user | state | pins | left | right | next | height prot flags direct |   (64-bit) */
 typedef struct vfux_node {
     vfux_address iova;
     vfux_address last; /* inclusive, so that a mapping may end at 2^64 */
     void *base;        /* host, or io's context */
     const vfu_iommu_io *io;
     void *user;
-    _Atomic uint32_t state; /* odd: live. Counts each step from live to dead and back */
+    _Atomic uint32_t state; /* one of the states, and above it how often the node was used */
     _Atomic uint32_t pins;  /* pins and callbacks that keep the node */
     _Atomic uint32_t left, right;
     uint32_t next; /* list of free, or of removed, nodes */
     uint8_t height;
-    uint8_t prot;
+    _Atomic uint8_t prot;
     uint8_t flags;
+    uint8_t direct; /* what of prot a plain memcpy may use: all, or nothing of memory behind callbacks or the guard */
 } vfux_node;
+
+/* The states of a node, the low bits of its `state`, in the order in which it goes through them. */
+enum {
+    VFUX_FREE,    /* on the free list, or between list and tree */
+    VFUX_LIVE,    /* readers may use it */
+    VFUX_LEAVING, /* in the tree still, but readers may not begin to use it; may become live again */
+    VFUX_STATES = 4
+};
+
+/* An entry of the translation cache: which node has an address, and, so that it can be fetched while the node is looked at,
+ * the low bits of the page number of the host memory. Only a hint: the rules of HOW IT WORKS decide. */
+typedef struct vfux_hint {
+    _Atomic uint32_t node, host_page;
+} vfux_hint;
 
 /* Each reader has cache lines of its own. The owner writes all of it; others read the hazards and counters. */
 struct vfu_iommu_reader {
     _Alignas(VFUX_LINE) _Atomic uint32_t hazard[VFUX_HAZARDS]; /* index of the node that is being accessed, 0: none */
-    uint32_t *cache;                                           /* node indices, by hash of the address; only hints */
-    unsigned cache_bits;                                       /* log2 of their number */
-    vfux_node *nodes;
     vfu_iommu *iommu;
     vfu_iommu_fault fault;
     atomic_ulong walks, faults;
@@ -570,29 +586,36 @@ typedef struct vfux_log {
     _Atomic(vfux_leaves *) leaves;
 } vfux_log;
 
+/* What readers look at stands on cache lines of its own, apart from what each map and unmap, and each fault, writes. */
 struct vfu_iommu {
     _Atomic uint32_t root;
-    uint32_t free_list;         /* nodes that were used before */
-    uint32_t fresh;             /* the first node that was never used; memory above is untouched */
-    uint32_t node_count;        /* including node 0, which stands for none and is never live */
-    _Atomic uint32_t hint_bits; /* log2 of the number of hints in use; 0: none are */
-    uint32_t hint_max;
-    _Atomic uint32_t *hint_nodes;    /* node indices, by hash of the address, for all readers; like their caches, only hints */
-    _Atomic uintptr_t *hint_offsets; /* from IOVA to host memory: what is there can be fetched while the node is looked at */
+    _Atomic uint32_t hint_mask; /* number of hints in use - 1 */
+    vfux_hint *hints;           /* the translation cache of all readers, by hash of the address */
+    _Atomic uintptr_t host_top; /* the bits above host_page, of some hint */
     vfux_node *nodes;
     _Atomic(vfux_log *) log; /* NULL: no dirty log runs */
-    vfu_iommu_desc desc;     /* with the defaults filled in */
     vfu_iommu_reader *readers;
-    uint32_t reader_count; /* highest reader ever opened + 1 */
+    uint32_t node_count; /* including node 0, which stands for none and is never live */
+    uint32_t hint_max;
+    vfu_iommu_desc desc; /* with the defaults filled in */
+    void *memory;        /* what alloc gave, NULL: the caller's buffer */
+    size_t memory_size;
+
+    _Alignas(VFUX_LINE) _Atomic uint32_t version; /* odd while the links of the tree change */
+    uint32_t free_list;                           /* nodes that were used before */
+    uint32_t fresh;                               /* the first node that was never used; memory above is untouched */
+    uint32_t reader_count;                        /* highest reader ever opened + 1 */
     vfu_iommu_pin *pins;
     uint64_t mappings, bytes, maps, unmaps, waits;
     unsigned long closed_walks, closed_faults; /* of readers that are closed */
-    vfu_iommu_fault fault_log[VFUX_FAULTS];
-    uint64_t fault_count;
-    void *memory; /* what alloc gave, NULL: the caller's buffer */
-    size_t memory_size;
 #if __STDC_HOSTED__
     pthread_mutex_t lock;
+#endif
+
+    _Alignas(VFUX_LINE) uint64_t fault_count;
+    vfu_iommu_fault fault_log[VFUX_FAULTS];
+#if __STDC_HOSTED__
+    pthread_mutex_t fault_lock; /* of these two */
 #endif
 };
 
@@ -616,9 +639,13 @@ static void vfux_lock(vfu_iommu *t)
 }
 
 static void vfux_unlock(vfu_iommu *t) { pthread_mutex_unlock(&t->lock); }
+static void vfux_fault_lock(vfu_iommu *t) { pthread_mutex_lock(&t->fault_lock); }
+static void vfux_fault_unlock(vfu_iommu *t) { pthread_mutex_unlock(&t->fault_lock); }
 #else
 static void vfux_lock(vfu_iommu *t) { (void)t; }
 static void vfux_unlock(vfu_iommu *t) { (void)t; }
+static void vfux_fault_lock(vfu_iommu *t) { (void)t; }
+static void vfux_fault_unlock(vfu_iommu *t) { (void)t; }
 #endif
 
 static uint64_t vfux_clock_ms(void)
@@ -632,12 +659,14 @@ static uint64_t vfux_clock_ms(void)
 #endif
 }
 
-/* Waits a little for another thread: first by spinning, then by giving up the processor, then by sleeping. */
+/* Waits a little for another thread: first by spinning (a pause instruction takes longer than most accesses), then by giving
+ * up the processor, then by sleeping. */
 static void vfux_pause(unsigned round)
 {
 #if __STDC_HOSTED__
-    if (round < 64) {
-        vfux_relax();
+    if (round < 128) {
+        if (round >= 64)
+            vfux_relax();
     } else if (round < 4096) {
         sched_yield();
     } else {
@@ -664,8 +693,8 @@ static bool vfux_is_power_of_two(uint64_t n) { return n && !(n & (n - 1)); }
 /* Links are followed without the lock: whoever finds a node through one must see it initialised. */
 static uint32_t vfux_get(_Atomic uint32_t *link) { return atomic_load_explicit(link, memory_order_acquire); }
 static void vfux_set(_Atomic uint32_t *link, uint32_t value) { atomic_store_explicit(link, value, memory_order_release); }
-static uint64_t vfux_iova(vfux_node *n) { return vfux_address_get(&n->iova); }
-static uint64_t vfux_last(vfux_node *n) { return vfux_address_get(&n->last); }
+static uint64_t vfux_iova(vfux_node *n) { return vfux_address_load(&n->iova, memory_order_relaxed); }
+static uint64_t vfux_last(vfux_node *n) { return vfux_address_load(&n->last, memory_order_relaxed); }
 
 static bool vfux_covers(vfux_node *n, uint64_t iova)
 {
@@ -673,12 +702,41 @@ static bool vfux_covers(vfux_node *n, uint64_t iova)
     return iova - first <= vfux_last(n) - first; /* below `first` the left side wraps to more than any size */
 }
 
-static bool vfux_is_live(vfux_node *n) { return atomic_load(&n->state) & 1; }
+static bool vfux_is_state(vfux_node *n, uint32_t state) { return atomic_load(&n->state) % VFUX_STATES == state; }
+static bool vfux_is_live(vfux_node *n) { return vfux_is_state(n, VFUX_LIVE); }
+
+/* What a node was at one moment. */
+typedef struct vfux_view {
+    uint64_t first, last;
+    uint32_t state, prot;
+} vfux_view;
+
+/* Looks at a node that is not held. False: it doesn't have iova, or has just changed. The rest is one mapping's if the state
+ * is the same before and after: each of these fields is stored, with release, after the state that ends what was there
+ * before. */
+static inline bool vfux_peek(vfux_node *n, uint64_t iova, vfux_view *v)
+{
+    uint32_t state = atomic_load(&n->state);
+    v->first = vfux_address_load(&n->iova, memory_order_acquire);
+    v->last = vfux_address_load(&n->last, memory_order_acquire);
+    v->prot = atomic_load_explicit(&n->prot, memory_order_acquire);
+    v->state = state % VFUX_STATES;
+    return iova - v->first <= v->last - v->first && atomic_load(&n->state) == state;
+}
+
+/* Steps the state of a node. The caller has the lock. */
+static void vfux_step(vfux_node *n, uint32_t steps)
+{
+    vfux_set(&n->state, atomic_load_explicit(&n->state, memory_order_relaxed) + steps);
+}
 
 /* Does [iova, iova + len) end at or before 2^64, and is it not empty? */
 static bool vfux_is_range(uint64_t iova, uint64_t len) { return len && len - 1 <= UINT64_MAX - iova; }
 
 /* ---- the tree: AVL, disjoint mappings in the order of their addresses; the caller has the lock -------------------------- */
+
+/* Says that the links begin to change, or are as they should be again. */
+static void vfux_tree_change(vfu_iommu *t) { vfux_set(&t->version, atomic_load_explicit(&t->version, memory_order_relaxed) + 1); }
 
 static unsigned vfux_height(vfu_iommu *t, uint32_t i) { return i ? t->nodes[i].height : 0; }
 
@@ -755,38 +813,41 @@ static void vfux_tree_insert(vfu_iommu *t, vfux_path *path, uint32_t added)
     }
 }
 
-static void vfux_tree_remove(vfu_iommu *t, uint32_t gone)
+/* Finds the way to a node that is in the tree. */
+static void vfux_find_node(vfu_iommu *t, uint32_t node, vfux_path *path)
 {
-    _Atomic uint32_t *path[VFUX_DEPTH], *at = &t->root;
-    vfux_node *n = &t->nodes[gone];
-    uint64_t iova = vfux_iova(n);
-    unsigned depth = 0;
-    for (uint32_t i; (i = vfux_get(at)) != gone;) {
-        path[depth++] = at;
-        at = iova < vfux_iova(&t->nodes[i]) ? &t->nodes[i].left : &t->nodes[i].right;
-    }
+    uint64_t iova = vfux_iova(&t->nodes[node]);
+    path->depth = 0;
+    path->links[0] = &t->root;
+    for (uint32_t i; (i = vfux_get(path->links[path->depth])) != node;)
+        path->links[++path->depth] = iova < vfux_iova(&t->nodes[i]) ? &t->nodes[i].left : &t->nodes[i].right;
+}
+
+/* Takes out the node that the path leads to. */
+static void vfux_tree_remove(vfu_iommu *t, vfux_path *path)
+{
+    _Atomic uint32_t **links = path->links, *at = links[path->depth];
+    vfux_node *n = &t->nodes[vfux_get(at)];
+    unsigned depth = path->depth, place = depth;
     if (!vfux_get(&n->left) || !vfux_get(&n->right)) {
         vfux_set(at, vfux_get(&n->left) | vfux_get(&n->right)); /* at most one is not 0 */
     } else {
         /* The successor, the leftmost node of the right subtree, takes the place of the node that goes. */
-        unsigned place = depth;
-        path[depth++] = at;
-        _Atomic uint32_t *from = &n->right;
-        for (uint32_t i; (i = vfux_get(&t->nodes[vfux_get(from)].left)) != 0;) {
-            path[depth++] = from;
-            from = &t->nodes[vfux_get(from)].left;
+        links[++depth] = &n->right;
+        for (uint32_t i; (i = vfux_get(&t->nodes[vfux_get(links[depth])].left)) != 0;) {
+            _Atomic uint32_t *left = &t->nodes[vfux_get(links[depth])].left;
+            links[++depth] = left;
         }
-        uint32_t successor = vfux_get(from);
+        uint32_t successor = vfux_get(links[depth]);
         vfux_node *s = &t->nodes[successor];
-        vfux_set(from, vfux_get(&s->right));
+        vfux_set(links[depth], vfux_get(&s->right));
         vfux_set(&s->left, vfux_get(&n->left));
         vfux_set(&s->right, vfux_get(&n->right));
         s->height = n->height;
         vfux_set(at, successor);
-        if (depth > place + 1)
-            path[place + 1] = &s->right; /* that link was in the node that goes */
+        links[place + 1] = &s->right; /* that link was in the node that goes */
     }
-    while (depth && vfux_rebalance(t, path[--depth])) {
+    while (depth && vfux_rebalance(t, links[--depth])) {
     }
 }
 
@@ -885,7 +946,8 @@ static bool vfux_complete(vfu_iommu_desc *d, const vfu_iommu_desc *given)
     if (!d->max_readers)
         d->max_readers = 16;
     if (!d->cache_entries)
-        d->cache_entries = 1024;
+        for (d->cache_entries = VFUX_HINTS; d->cache_entries / 2 < d->max_mappings && d->cache_entries < UINT32_C(1) << 31;)
+            d->cache_entries *= 2;
     if (!d->granule)
         d->granule = 1;
     if (!d->dirty_limit)
@@ -897,34 +959,27 @@ static bool vfux_complete(vfu_iommu_desc *d, const vfu_iommu_desc *given)
 #else
     bool memory = d->buffer != NULL;
 #endif
-    return memory && d->max_mappings < UINT32_C(1) << 31 && d->max_readers <= 4096 && d->cache_entries <= UINT32_C(1) << 20 &&
-           vfux_is_power_of_two(d->cache_entries) && vfux_is_power_of_two(d->granule) && !d->alloc.alloc == !d->alloc.release;
+    return memory && d->max_mappings < UINT32_C(1) << 31 && d->max_readers <= 4096 && vfux_is_power_of_two(d->cache_entries) &&
+           vfux_is_power_of_two(d->granule) && !d->alloc.alloc == !d->alloc.release;
 }
 
 static size_t vfux_round_line(size_t n) { return (n + VFUX_LINE - 1) & ~(size_t)(VFUX_LINE - 1); }
 
-/* Where the parts are: table | readers | caches | nodes | hints, each on its own cache lines, and a line to align the whole. */
+/* Where the parts are: table | readers | nodes | hints, each on its own cache lines, and a line to align the whole. */
 typedef struct vfux_layout {
-    size_t readers, caches, nodes, hints, size;
-    uint32_t hint_max;
+    size_t readers, nodes, hints, size;
 } vfux_layout;
 
 /* False: more than size_t. */
 static bool vfux_lay_out(const vfu_iommu_desc *d, vfux_layout *l)
 {
     uint64_t at = vfux_round_line(sizeof(vfu_iommu));
-    for (l->hint_max = VFUX_HINTS_MIN; l->hint_max / 2 < d->max_mappings && l->hint_max < UINT32_C(1) << 31;)
-        l->hint_max *= 2;
-    if (d->max_mappings < VFUX_HINTS_MIN / 4)
-        l->hint_max = 0; /* the readers' caches do */
     l->readers = (size_t)at;
     at += (uint64_t)d->max_readers * sizeof(vfu_iommu_reader);
-    l->caches = (size_t)at;
-    at += (uint64_t)d->max_readers * vfux_round_line((size_t)d->cache_entries * sizeof(uint32_t));
     l->nodes = (size_t)at;
     at += ((uint64_t)d->max_mappings + 1) * sizeof(vfux_node);
     l->hints = (size_t)at;
-    at += (uint64_t)l->hint_max * (sizeof(uint32_t) + sizeof(uintptr_t)) + VFUX_LINE;
+    at += (uint64_t)d->cache_entries * sizeof(vfux_hint) + VFUX_LINE;
     l->size = (size_t)at;
     return at <= SIZE_MAX;
 }
@@ -961,6 +1016,17 @@ static void vfux_release(vfu_iommu_desc *d, void *memory, size_t size)
 #endif
 }
 
+/* Takes hints [count, more) into use. Their memory is cleared, and so taken from the system, only now. Addresses get other
+ * places: what was noted there is no worse than any hint. */
+static void vfux_use_hints(vfu_iommu *t, uint32_t count, uint32_t more)
+{
+    for (uint32_t i = count; i < more; i++) {
+        atomic_init(&t->hints[i].node, 0);
+        atomic_init(&t->hints[i].host_page, 0);
+    }
+    vfux_set(&t->hint_mask, more - 1);
+}
+
 VFU_API int vfu_iommu_create(vfu_iommu **out, const vfu_iommu_desc *desc)
 {
     vfu_iommu_desc d;
@@ -976,28 +1042,24 @@ VFU_API int vfu_iommu_create(vfu_iommu **out, const vfu_iommu_desc *desc)
     uintptr_t start = (uintptr_t)(d.buffer ? d.buffer : memory);
     char *base = (char *)(d.buffer ? d.buffer : memory) + (vfux_round_line(start) - start);
     vfu_iommu *t = (vfu_iommu *)(void *)base;
-    memset(base, 0, layout.nodes + sizeof(vfux_node)); /* the other nodes, and the hints, stay untouched until they are used */
+    memset(base, 0, layout.nodes + sizeof(vfux_node)); /* the other nodes stay untouched until they are used */
     t->desc = d;
     t->memory = memory;
     t->memory_size = layout.size;
     t->nodes = (vfux_node *)(void *)(base + layout.nodes);
-    t->hint_offsets = (_Atomic uintptr_t *)(void *)(base + layout.hints);
-    t->hint_nodes = (_Atomic uint32_t *)(void *)(t->hint_offsets + layout.hint_max);
-    t->hint_max = layout.hint_max;
+    t->hints = (vfux_hint *)(void *)(base + layout.hints);
+    t->hint_max = d.cache_entries;
     t->node_count = d.max_mappings + 1;
     t->fresh = 1;
-    vfux_address_set(&t->nodes[0].iova, UINT64_MAX); /* so that a cache entry of 0 is a hint that nothing believes */
+    vfux_address_set(&t->nodes[0].iova, UINT64_MAX); /* so that a hint of 0 is one that nothing believes */
     vfux_address_set(&t->nodes[0].last, UINT64_MAX);
     t->readers = (vfu_iommu_reader *)(void *)(base + layout.readers);
-    for (uint32_t r = 0; r < d.max_readers; r++) {
-        vfu_iommu_reader *reader = &t->readers[r];
-        reader->iommu = t;
-        reader->nodes = t->nodes;
-        reader->cache = (uint32_t *)(void *)(base + layout.caches + r * vfux_round_line(d.cache_entries * sizeof(uint32_t)));
-        reader->cache_bits = vfux_log2(d.cache_entries);
-    }
+    for (uint32_t r = 0; r < d.max_readers; r++)
+        t->readers[r].iommu = t;
+    vfux_use_hints(t, 0, d.cache_entries < VFUX_HINTS ? d.cache_entries : VFUX_HINTS);
 #if __STDC_HOSTED__
     pthread_mutex_init(&t->lock, NULL); /* can't fail for a plain mutex on Linux */
+    pthread_mutex_init(&t->fault_lock, NULL);
 #endif
     *out = t;
     return 0;
@@ -1020,6 +1082,7 @@ VFU_API void vfu_iommu_destroy(vfu_iommu *t)
     }
 #if __STDC_HOSTED__
     pthread_mutex_destroy(&t->lock);
+    pthread_mutex_destroy(&t->fault_lock);
 #endif
     if (t->memory) {
         vfu_iommu_desc d = t->desc;
@@ -1080,6 +1143,34 @@ static bool vfux_is_mapping(vfu_iommu *t, const vfu_iommu_mapping *m)
            (!(m->flags & VFU_IOMMU_GUARDED) || t->desc.guard);
 }
 
+/* The place of an address in the translation cache. Neighbours don't collide. */
+static inline vfux_hint *vfux_hint_of(vfu_iommu *t, uint64_t iova)
+{
+    uint64_t page = iova >> VFUX_PAGE_SHIFT;
+    return &t->hints[(uint32_t)(page ^ page >> 10 ^ page >> 20) & vfux_get(&t->hint_mask)];
+}
+
+/* Notes that node i, which stays what it is meanwhile, has iova. */
+static void vfux_note(vfu_iommu *t, vfux_hint *hint, uint32_t i, uint64_t iova)
+{
+    vfux_node *n = &t->nodes[i];
+    uintptr_t host = n->direct ? (uintptr_t)n->base + (uintptr_t)(iova - vfux_iova(n)) : 0;
+    uintptr_t top = host & ~(((uintptr_t)UINT32_MAX << VFUX_PAGE_SHIFT) | ((1u << VFUX_PAGE_SHIFT) - 1));
+    atomic_store_explicit(&hint->host_page, (uint32_t)(host >> VFUX_PAGE_SHIFT), memory_order_relaxed);
+    if (host && top != atomic_load_explicit(&t->host_top, memory_order_relaxed))
+        atomic_store_explicit(&t->host_top, top, memory_order_relaxed);
+    vfux_set(&hint->node, i);
+}
+
+/* Has the memory fetched that the translation cache names for iova, of no consequence when it is wrong: a cache miss there
+ * takes its time beside the one on the node. */
+static inline void vfux_fetch(vfu_iommu *t, uint64_t iova)
+{
+    uintptr_t page = atomic_load_explicit(&vfux_hint_of(t, iova)->host_page, memory_order_relaxed);
+    uintptr_t top = atomic_load_explicit(&t->host_top, memory_order_relaxed);
+    __builtin_prefetch((const void *)((top | page << VFUX_PAGE_SHIFT) + (uintptr_t)(iova & ((1u << VFUX_PAGE_SHIFT) - 1))));
+}
+
 static uint32_t vfux_node_take(vfu_iommu *t)
 {
     uint32_t i = t->free_list;
@@ -1096,21 +1187,6 @@ static void vfux_node_give(vfu_iommu *t, uint32_t i)
 {
     t->nodes[i].next = t->free_list;
     t->free_list = i;
-}
-
-/* Keeps two shared hints for each mapping, once there are more than the readers' own caches are good for. Their memory is
- * cleared, and so taken from the system, only when it comes into use. */
-static void vfux_grow_hints(vfu_iommu *t)
-{
-    uint32_t bits = vfux_get(&t->hint_bits), count = bits ? UINT32_C(1) << bits : 0, more = count ? count * 2 : VFUX_HINTS_MIN;
-    if (t->mappings <= count / 2 || t->mappings < VFUX_HINTS_MIN / 4 || more > t->hint_max)
-        return;
-    for (uint32_t i = count; i < more; i++) {
-        atomic_init(&t->hint_nodes[i], 0);
-        atomic_init(&t->hint_offsets[i], 0);
-    }
-    vfux_set(&t->hint_bits,
-             vfux_log2(more)); /* addresses have other places now: what was noted there is no worse than any hint */
 }
 
 VFU_API int vfu_iommu_map(vfu_iommu *t, const vfu_iommu_mapping *m)
@@ -1136,14 +1212,20 @@ VFU_API int vfu_iommu_map(vfu_iommu *t, const vfu_iommu_mapping *m)
         n->base = m->io ? m->io_ctx : m->host;
         n->io = m->io;
         n->user = m->user;
-        n->prot = (uint8_t)m->prot;
+        atomic_store_explicit(&n->prot, (uint8_t)m->prot, memory_order_release);
         n->flags = (uint8_t)m->flags;
+        n->direct = m->io || m->flags & VFU_IOMMU_GUARDED ? 0 : (uint8_t)m->prot;
+        vfux_tree_change(t);
         vfux_tree_insert(t, &path, i);
-        atomic_fetch_add(&n->state, 1); /* live: from here on readers believe what they find */
+        vfux_tree_change(t);
+        vfux_step(n, VFUX_LIVE - VFUX_FREE); /* from here on readers believe what they find */
         t->mappings++;
         t->maps++;
         t->bytes += m->size;
-        vfux_grow_hints(t);
+        uint32_t hints = vfux_get(&t->hint_mask) + 1; /* two for each mapping */
+        if (t->mappings > hints / 2 && hints < t->hint_max)
+            vfux_use_hints(t, hints, hints * 2);
+        vfux_note(t, vfux_hint_of(t, m->iova), i, m->iova);
     }
     vfux_unlock(t);
     return err;
@@ -1157,7 +1239,13 @@ static uint64_t vfux_pin_oldest_ms(vfu_iommu *t, uint64_t first, uint64_t last, 
  * -EINVAL: one would be split; -EAGAIN: another thread is removing one. */
 static int vfux_collect(vfu_iommu *t, uint64_t first, uint64_t last, uint32_t *head)
 {
-    uint32_t *link = head;
+    uint32_t *link = head, hint = vfux_get(&vfux_hint_of(t, first)->node);
+    vfux_node *h = &t->nodes[hint];
+    if (vfux_is_live(h) && vfux_iova(h) == first && vfux_last(h) == last) { /* just this one, as most often */
+        h->next = 0;
+        *head = hint;
+        return 0;
+    }
     for (uint32_t i = vfux_first_in(t, first, last); i; i = vfux_next_in(t, i, last)) {
         vfux_node *n = &t->nodes[i];
         if (vfux_iova(n) < first || vfux_last(n) > last)
@@ -1171,20 +1259,15 @@ static int vfux_collect(vfu_iommu *t, uint64_t first, uint64_t last, uint32_t *h
     return 0;
 }
 
-/* Steps the state of the chained mappings: live becomes dead (U1 of HOW IT WORKS), dead becomes live. */
-static void vfux_toggle(vfu_iommu *t, uint32_t head)
-{
-    for (uint32_t i = head; i; i = t->nodes[i].next)
-        atomic_fetch_add(&t->nodes[i].state, 1);
-}
-
 /* Waits, with the lock given up, until no pin and no callback holds the chained dead mappings. None can be added: a pin is
- * counted under a hazard, and those have been waited for. 0, or the errno with which the unmap fails. */
+ * counted under a hazard, and those have been waited for. 0; 1 if the lock was given up; or the errno with which the unmap
+ * fails. */
 static int vfux_wait_for_pins(vfu_iommu *t, uint32_t head)
 {
     uint64_t began = 0, deadline = 0;
     uint32_t asked = 0; /* the mapping whose callbacks know that it is waited for */
     unsigned round = 0;
+    int waited = 0;
     for (uint32_t i = head; i;) {
         vfux_node *n = &t->nodes[i];
         if (atomic_load(&n->pins))
@@ -1211,15 +1294,17 @@ static int vfux_wait_for_pins(vfu_iommu *t, uint32_t head)
             deadline = now + t->desc.pin_deadline_ms;
         }
         vfux_pause(round++);
+        waited = 1;
         vfux_lock(t);
         if (err && atomic_load(&n->pins))
             return err;
     }
-    return 0;
+    return waited;
 }
 
 static int vfux_unmap(vfu_iommu *t, uint64_t first, uint64_t last)
 {
+    vfux_path path;
     uint32_t head;
     int err, count = 0;
     vfux_lock(t);
@@ -1228,23 +1313,32 @@ static int vfux_unmap(vfu_iommu *t, uint64_t first, uint64_t last)
         vfux_pause(round);
         vfux_lock(t);
     }
-    if (!err && head) {
-        vfux_toggle(t, head);
-        t->waits += vfux_wait_for_dead(t);
-        err = vfux_wait_for_pins(t, head);
-        if (err) {
-            vfux_toggle(t, head);
-            vfux_pin_ask_again(t, first, last);
-        }
-    }
     if (err || !head) {
         vfux_unlock(t);
         return err;
     }
-    for (uint32_t i = head; i; i = t->nodes[i].next, count++) {
-        vfux_tree_remove(t, i);
+    for (uint32_t i = head; i; i = t->nodes[i].next)
+        atomic_fetch_add(&t->nodes[i].state, VFUX_LEAVING - VFUX_LIVE); /* U1 of HOW IT WORKS */
+    vfux_find_node(t, head, &path); /* needed below: a reader that is at work comes to its end meanwhile */
+    t->waits += vfux_wait_for_dead(t);
+    err = vfux_wait_for_pins(t, head);
+    if (err < 0) {
+        for (uint32_t i = head; i; i = t->nodes[i].next)
+            vfux_step(&t->nodes[i], (uint32_t)VFUX_LIVE - VFUX_LEAVING);
+        vfux_pin_ask_again(t, first, last);
+        vfux_unlock(t);
+        return err;
+    }
+    bool found = !err; /* the way to the first one is still what it was */
+    vfux_tree_change(t);
+    for (uint32_t i = head; i; i = t->nodes[i].next, count++, found = false) {
+        if (!found)
+            vfux_find_node(t, i, &path);
+        vfux_tree_remove(t, &path);
+        vfux_step(&t->nodes[i], VFUX_STATES - VFUX_LEAVING); /* free */
         t->bytes -= vfux_last(&t->nodes[i]) - vfux_iova(&t->nodes[i]) + 1;
     }
+    vfux_tree_change(t);
     t->mappings -= (uint64_t)count;
     t->unmaps += (uint64_t)count;
     if (t->desc.removed) { /* the nodes are only ours now: what they borrowed is given back before they are used again */
@@ -1277,21 +1371,29 @@ VFU_API int vfu_iommu_unmap_all(vfu_iommu *t) { return vfux_unmap(t, 0, UINT64_M
 
 static void vfux_log_mark(vfux_log *log, uint64_t first, uint64_t last);
 
-/* R1 and R2 of HOW IT WORKS, and the bounds of R3. */
-static bool vfux_publish(vfu_iommu_reader *r, unsigned slot, uint32_t i, uint64_t iova)
+/* R1 of HOW IT WORKS. */
+static inline void vfux_publish(vfu_iommu_reader *r, unsigned slot, uint32_t i)
 {
-    vfux_node *n = &r->nodes[i];
-    if (r->local && !atomic_load_explicit(&r->iommu->log, memory_order_relaxed))
-        return vfux_is_live(n) && vfux_covers(n, iova);
-    atomic_store(&r->hazard[slot], i);
-    if (vfux_is_live(n) && vfux_covers(n, iova))
-        return true;
-    atomic_store_explicit(&r->hazard[slot], 0, memory_order_release);
-    return false;
+    if (!r->local || atomic_load_explicit(&r->iommu->log, memory_order_relaxed))
+        atomic_store(&r->hazard[slot], i);
 }
 
 /* R4. */
-static void vfux_let(vfu_iommu_reader *r, unsigned slot) { atomic_store_explicit(&r->hazard[slot], 0, memory_order_release); }
+static inline void vfux_let(vfu_iommu_reader *r, unsigned slot)
+{
+    atomic_store_explicit(&r->hazard[slot], 0, memory_order_release);
+}
+
+/* R1 and R2, and the bounds of R3. */
+static inline bool vfux_take(vfu_iommu_reader *r, unsigned slot, uint32_t i, uint64_t iova)
+{
+    vfux_node *n = &r->iommu->nodes[i];
+    vfux_publish(r, slot, i);
+    if (vfux_is_live(n) && vfux_covers(n, iova))
+        return true;
+    vfux_let(r, slot);
+    return false;
+}
 
 /* Counts for the statistics: only the reader's thread writes. */
 static void vfux_count(atomic_ulong *counter)
@@ -1299,77 +1401,71 @@ static void vfux_count(atomic_ulong *counter)
     atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + 1, memory_order_relaxed);
 }
 
-/* The place of an address in a table of 2^bits entries. Neighbours don't collide. */
-static uint32_t vfux_hash(uint64_t iova, unsigned bits)
+/* Walks the tree without the lock, while it may change: the answer is a hint, and a bounded number of steps finds one or 0.
+ * With *certain a 0 is more: at one moment there was none. The links and addresses are read with acquire and stored with
+ * release, so whoever sees a change sees the version that announced it. */
+static uint32_t vfux_walk(vfu_iommu *t, uint64_t iova, bool *certain)
 {
-    uint64_t page = iova >> VFUX_PAGE_SHIFT;
-    return (uint32_t)(page ^ page >> 10 ^ page >> 20) & ((UINT32_C(1) << bits) - 1);
-}
-
-static uint32_t *vfux_way(vfu_iommu_reader *r, uint64_t iova) { return &r->cache[vfux_hash(iova, r->cache_bits)]; }
-
-/* Walks the tree without the lock, while it may change: the answer is a hint, and a bounded number of steps finds one or 0. */
-static uint32_t vfux_walk(vfu_iommu_reader *r, uint64_t iova)
-{
-    vfux_node *nodes = r->nodes;
-    uint32_t i = vfux_get(&r->iommu->root), found = 0;
+    uint32_t version = vfux_get(&t->version), i = vfux_get(&t->root), found = 0;
     for (unsigned step = 0; i && step < VFUX_DEPTH; step++) {
-        bool right = vfux_iova(&nodes[i]) <= iova;
+        vfux_node *n = &t->nodes[i];
+        bool right = vfux_address_load(&n->iova, memory_order_acquire) <= iova;
         found = right ? i : found;
-        i = vfux_get(right ? &nodes[i].right : &nodes[i].left);
+        i = vfux_get(right ? &n->right : &n->left);
     }
-    return found && vfux_covers(&nodes[found], iova) ? found : 0;
+    bool covers = found && iova <= vfux_address_load(&t->nodes[found].last, memory_order_acquire);
+    *certain = !(version & 1) && vfux_get(&t->version) == version;
+    return covers ? found : 0;
 }
 
-/* Holds the mapping of iova, from the shared hints, else by a walk, and notes it in both. With `fetch` the memory behind it is
- * wanted next: a cache miss there then takes its time beside the one on the node. */
-static vfux_node *vfux_hold_walk(vfu_iommu_reader *r, unsigned slot, uint64_t iova, bool fetch)
+/* Holds the mapping of iova if the translation cache knows it. NULL: a closer look is needed. */
+static inline vfux_node *vfux_hold_hint(vfu_iommu_reader *r, unsigned slot, uint64_t iova)
+{
+    uint32_t i = vfux_get(&vfux_hint_of(r->iommu, iova)->node);
+    return vfux_take(r, slot, i, iova) ? &r->iommu->nodes[i] : NULL;
+}
+
+/* Is node i, which has iova as it seems, about to be taken out of the tree? Then nothing else has iova at this moment. */
+static bool vfux_is_leaving(vfu_iommu *t, uint32_t i, uint64_t iova)
+{
+    vfux_view view;
+    return vfux_peek(&t->nodes[i], iova, &view) && view.state == VFUX_LEAVING;
+}
+
+/* The same after a walk, which is noted in the translation cache. With NULL, *none: at one moment of the call no mapping had
+ * iova. */
+static vfux_node *vfux_hold_walk(vfu_iommu_reader *r, unsigned slot, uint64_t iova, bool *none)
 {
     vfu_iommu *t = r->iommu;
-    uint32_t bits = vfux_get(&t->hint_bits), i = 0;
-    uint32_t at = bits ? vfux_hash(iova, bits) : 0;
-    if (bits && fetch) /* of no consequence when the hint is wrong */
-        __builtin_prefetch((const void *)(atomic_load_explicit(&t->hint_offsets[at], memory_order_relaxed) + (uintptr_t)iova));
-    if (bits)
-        i = vfux_get(&t->hint_nodes[at]);
-    if (!i || !vfux_covers(&r->nodes[i], iova) || !vfux_publish(r, slot, i, iova)) {
-        i = vfux_walk(r, iova);
-        vfux_count(&r->walks);
-        if (!i || !vfux_publish(r, slot, i, iova))
-            return NULL;
-        if (bits) {
-            uintptr_t offset = (uintptr_t)r->nodes[i].base - (uintptr_t)vfux_iova(&r->nodes[i]);
-            atomic_store_explicit(&t->hint_offsets[at], r->nodes[i].io ? 0 : offset, memory_order_relaxed);
-            vfux_set(&t->hint_nodes[at], i);
-        }
+    vfux_count(&r->walks);
+    uint32_t i = vfux_walk(t, iova, none);
+    if (!i)
+        return NULL;
+    if (vfux_take(r, slot, i, iova)) {
+        vfux_note(t, vfux_hint_of(t, iova), i, iova);
+        return &t->nodes[i];
     }
-    *vfux_way(r, iova) = i;
-    return &r->nodes[i];
+    *none = vfux_is_leaving(t, i, iova);
+    return NULL;
 }
 
-/* Holds the mapping of iova without taking the lock: from the cache, else as above. NULL: not found that way. */
-static inline vfux_node *vfux_hold_hint(vfu_iommu_reader *r, unsigned slot, uint64_t iova, bool fetch)
-{
-    uint32_t i = *vfux_way(r, iova);
-    if (vfux_covers(&r->nodes[i], iova) && vfux_publish(r, slot, i, iova))
-        return &r->nodes[i];
-    return vfux_hold_walk(r, slot, iova, fetch);
-}
-
-/* Holds the mapping of iova. No hazard may be held. NULL: there was none at some moment of the call. */
+/* Holds the mapping of iova. No hazard may be held. NULL: there was none at some moment of the call. An unmap that is under
+ * way is not disturbed at its lock unless that can't be told otherwise. */
 static vfux_node *vfux_hold(vfu_iommu_reader *r, unsigned slot, uint64_t iova)
 {
-    vfux_node *n = vfux_hold_hint(r, slot, iova, false);
-    while (!n) {
-        vfu_iommu *t = r->iommu;
+    vfu_iommu *t = r->iommu;
+    vfux_node *n = vfux_hold_hint(r, slot, iova);
+    if (n || vfux_is_leaving(t, vfux_get(&vfux_hint_of(t, iova)->node), iova))
+        return n;
+    bool none;
+    n = vfux_hold_walk(r, slot, iova, &none);
+    while (!n && !none) {
         vfux_lock(t);
         uint32_t i = vfux_floor(t, iova);
-        bool found = i && vfux_covers(&t->nodes[i], iova) && vfux_is_live(&t->nodes[i]);
+        none = !i || !vfux_covers(&t->nodes[i], iova) || !vfux_is_live(&t->nodes[i]);
         vfux_unlock(t);
-        if (!found)
-            break;
-        if (vfux_publish(r, slot, i, iova)) /* else it was removed just now, and perhaps mapped anew */
-            n = &r->nodes[i];
+        if (!none && vfux_take(r, slot, i, iova)) /* else it was removed just now, and perhaps mapped anew */
+            n = &t->nodes[i];
     }
     return n;
 }
@@ -1380,28 +1476,32 @@ static int vfux_fault(vfu_iommu_reader *r, uint64_t iova, uint32_t prot, int err
     vfu_iommu *t = r->iommu;
     r->fault = (vfu_iommu_fault){.iova = iova, .prot = prot, .error = error};
     vfux_count(&r->faults);
-    vfux_lock(t);
+    vfux_fault_lock(t);
     t->fault_log[t->fault_count++ % VFUX_FAULTS] = r->fault;
-    vfux_unlock(t);
+    vfux_fault_unlock(t);
     return error;
 }
 
 /* Is every byte of [iova, iova + len), which doesn't wrap, mapped with prot? 0, or the error, with the address in *at. */
 static int vfux_scan(vfu_iommu_reader *r, uint64_t iova, uint64_t len, uint32_t prot, uint64_t *at)
 {
+    vfu_iommu *t = r->iommu;
     for (uint64_t last = iova + (len - 1);;) {
-        vfux_node *n = vfux_hold(r, 0, iova);
+        vfux_view view;
         *at = iova;
-        if (!n)
-            return -ENOENT;
-        uint64_t end = vfux_last(n);
-        bool allowed = (n->prot & prot) == prot;
-        vfux_let(r, 0);
-        if (!allowed)
+        if (!vfux_peek(&t->nodes[vfux_get(&vfux_hint_of(t, iova)->node)], iova, &view) || view.state != VFUX_LIVE) {
+            vfux_node *n = vfux_hold(r, 0, iova);
+            if (!n)
+                return -ENOENT;
+            view.last = vfux_last(n);
+            view.prot = n->prot;
+            vfux_let(r, 0);
+        }
+        if ((view.prot & prot) != prot)
             return -EACCES;
-        if (end >= last)
+        if (view.last >= last)
             return 0;
-        iova = end + 1;
+        iova = view.last + 1;
     }
 }
 
@@ -1563,36 +1663,36 @@ static int vfux_do_job(vfu_iommu_reader *r, uint64_t iova, uint64_t len, const v
     return err ? vfux_fault(r, at, job->prot, err) : 0;
 }
 
-/* Holds the one plain mapping that has all of [iova, iova + len) and the permission; NULL: the general form must look. */
-static inline vfux_node *vfux_hold_simple(vfu_iommu_reader *r, uint64_t iova, size_t len, uint32_t prot)
+/* Holds the mapping of iova in slot 0 and gives its host memory, if the translation cache knows the mapping, it has all of
+ * [iova, iova + len), and a plain copy of one piece will do. NULL: the general form must look. */
+static inline char *vfux_hold_direct(vfu_iommu_reader *r, uint64_t iova, size_t len, uint32_t prot)
 {
-    if (len - 1 >= VFU_IOMMU_PIECE) /* 0 as well */
-        return NULL;
-    vfux_node *n = vfux_hold_hint(r, 0, iova, true);
+    vfux_fetch(r->iommu, iova);
+    vfux_node *n = vfux_hold_hint(r, 0, iova);
     if (!n)
         return NULL;
-    if (len - 1 <= vfux_last(n) - iova && (n->prot & prot) && !n->io && !(n->flags & VFU_IOMMU_GUARDED))
-        return n;
+    if (len - 1 <= vfux_last(n) - iova && len - 1 < VFU_IOMMU_PIECE && n->direct & prot) /* not with len 0 */
+        return vfux_host(n, iova);
     vfux_let(r, 0);
     return NULL;
 }
 
 VFU_API int vfu_iommu_read(vfu_iommu_reader *r, uint64_t iova, void *dst, size_t len)
 {
-    vfux_node *n = vfux_hold_simple(r, iova, len, VFU_IOMMU_READ);
-    if (!n)
+    const char *host = vfux_hold_direct(r, iova, len, VFU_IOMMU_READ);
+    if (!host)
         return vfux_do_job(r, iova, len, &(vfux_job){.prot = VFU_IOMMU_READ, .in = dst});
-    memcpy(dst, vfux_host(n, iova), len);
+    memcpy(dst, host, len);
     vfux_let(r, 0);
     return 0;
 }
 
 VFU_API int vfu_iommu_write(vfu_iommu_reader *r, uint64_t iova, const void *src, size_t len)
 {
-    vfux_node *n = vfux_hold_simple(r, iova, len, VFU_IOMMU_WRITE);
-    if (!n)
+    char *host = vfux_hold_direct(r, iova, len, VFU_IOMMU_WRITE);
+    if (!host)
         return vfux_do_job(r, iova, len, &(vfux_job){.prot = VFU_IOMMU_WRITE, .out = src});
-    memcpy(vfux_host(n, iova), src, len);
+    memcpy(host, src, len);
     vfux_written(r->iommu, iova, len);
     vfux_let(r, 0);
     return 0;
@@ -1632,8 +1732,8 @@ static int vfux_copy_piece(vfu_iommu_reader *r, vfux_copy *c, uint64_t *at, uint
         from = vfux_hold(r, 0, s);
         if (!from)
             return -ENOENT;
-        to = vfux_hold_hint(r, 1, d, true);
-        if (to)
+        bool none;
+        if ((to = vfux_hold_hint(r, 1, d)) != NULL || (to = vfux_hold_walk(r, 1, d, &none)) != NULL)
             break;
         vfux_let(r, 0); /* the lock is needed for a closer look, and no hazard may be held then */
         *at = d;
@@ -2359,11 +2459,11 @@ VFU_API void vfu_iommu_get_stats(vfu_iommu *t, vfu_iommu_stats *out)
 
 VFU_API unsigned vfu_iommu_get_faults(vfu_iommu *t, vfu_iommu_fault *out, unsigned max)
 {
-    vfux_lock(t);
+    vfux_fault_lock(t);
     unsigned count = (unsigned)vfux_min(vfux_min(t->fault_count, VFUX_FAULTS), max);
     for (unsigned i = 0; i < count; i++)
         out[i] = t->fault_log[(t->fault_count - 1 - i) % VFUX_FAULTS];
-    vfux_unlock(t);
+    vfux_fault_unlock(t);
     return count;
 }
 
@@ -2381,8 +2481,9 @@ static bool vfux_check_subtree(vfu_iommu *t, uint32_t i, unsigned depth, uint64_
     unsigned lh = vfux_height(t, left), rh = vfux_height(t, right);
     ++*count;
     *bytes += vfux_last(n) - vfux_iova(n) + 1;
-    return vfux_iova(n) <= vfux_last(n) && n->height == 1 + (lh > rh ? lh : rh) && lh <= rh + 1 && rh <= lh + 1 &&
-           vfux_check_subtree(t, left, depth + 1, count, bytes) && vfux_check_subtree(t, right, depth + 1, count, bytes);
+    return !vfux_is_state(n, VFUX_FREE) && vfux_iova(n) <= vfux_last(n) && n->height == 1 + (lh > rh ? lh : rh) && lh <= rh + 1 &&
+           rh <= lh + 1 && vfux_check_subtree(t, left, depth + 1, count, bytes) &&
+           vfux_check_subtree(t, right, depth + 1, count, bytes);
 }
 
 VFU_API int vfu_iommu_check(vfu_iommu *t)
@@ -2397,7 +2498,7 @@ VFU_API int vfu_iommu_check(vfu_iommu *t)
         i = next;
     }
     for (uint32_t i = t->free_list; good && i && unused <= t->node_count; i = t->nodes[i].next, unused++)
-        good = !vfux_is_live(&t->nodes[i]) && !atomic_load(&t->nodes[i].pins);
+        good = vfux_is_state(&t->nodes[i], VFUX_FREE) && !atomic_load(&t->nodes[i].pins);
     good = good && in_order == count && count + unused + 1 <= t->fresh && t->maps - t->unmaps == t->mappings;
     vfux_unlock(t);
     return good ? 0 : -EBADMSG;

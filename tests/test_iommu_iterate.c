@@ -80,8 +80,7 @@ static const struct desc_case {
     {"too many mappings", {.max_mappings = UINT32_C(1) << 31}, false},
     {"most readers", {.max_readers = 4096}, true},
     {"too many readers", {.max_readers = 4097}, false},
-    {"largest cache", {.cache_entries = 1 << 20}, true},
-    {"too large a cache", {.cache_entries = 1 << 21}, false},
+    {"large cache", {.cache_entries = 1 << 20}, true},
     {"a cache that is no power of two", {.cache_entries = 1000}, false},
     {"granule of a page", {.granule = 4096}, true},
     {"largest granule", {.granule = UINT64_C(1) << 63}, true},
@@ -121,7 +120,7 @@ START_TEST(defaults)
     vfu_iommu_reader *readers[17];
     ck_assert_uint_eq(vfu_iommu_footprint(NULL),
                       vfu_iommu_footprint(
-                          &(vfu_iommu_desc){.max_mappings = 65535, .max_readers = 16, .cache_entries = 1024, .granule = 1}));
+                          &(vfu_iommu_desc){.max_mappings = 65535, .max_readers = 16, .cache_entries = 131072, .granule = 1}));
     ck_assert_int_eq(vfu_iommu_create(&table, NULL), 0);
     for (int i = 0; i < 16; i++)
         ck_assert_int_eq(vfu_iommu_reader_open(table, &readers[i]), 0);
