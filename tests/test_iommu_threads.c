@@ -13,6 +13,7 @@
 static vfu_iommu *table;
 static atomic_bool stop;
 static atomic_uint wrong; /* what threads found; they can't fail a test themselves */
+static char cell[64];
 
 static uint64_t next_luck(uint64_t *luck)
 {
@@ -65,11 +66,102 @@ START_TEST(no_stale_access)
 }
 END_TEST
 
+/* ---- what waits for an access in flight -------------------------------------------------------------------------------- */
+
+enum { FROM = 0x10000, TO = 0x20000 };
+static atomic_bool arrived, may_go_on, op_returned;
+
+/* Keeps an access in flight, with its hazards published, until may_go_on. */
+static int stopping_guard(void *ctx, void (*body)(void *), void *arg, const void **bad)
+{
+    (void)ctx, (void)bad;
+    atomic_store(&arrived, true);
+    while (!atomic_load(&may_go_on))
+        sched_yield();
+    body(arg);
+    return 0;
+}
+
+static int read_from(vfu_iommu_reader *r)
+{
+    char bytes[64];
+    return vfu_iommu_read(r, FROM, bytes, sizeof(bytes));
+}
+static int write_to(vfu_iommu_reader *r) { return vfu_iommu_write(r, TO, cell, sizeof(cell)); }
+static int copy_over(vfu_iommu_reader *r) { return vfu_iommu_copy(r, TO, FROM, 64); }
+
+static int unmap_from(void) { return vfu_iommu_unmap(table, FROM, 4096) - 1; }
+static int unmap_to(void) { return vfu_iommu_unmap(table, TO, 4096) - 1; }
+static int unmap_all(void) { return vfu_iommu_unmap_all(table) - 2; }
+static int start_log(void) { return vfu_iommu_dirty_start(table, 4096, NULL, 0); }
+static int stop_log(void) { return vfu_iommu_dirty_stop(table); }
+
+static const struct waiting_case {
+    const char *name;
+    int (*access)(vfu_iommu_reader *reader);
+    int (*op)(void); /* 0: right */
+    bool logging;
+} waiting_cases[] = {
+    {"unmap of what is read", read_from, unmap_from, false},
+    {"unmap of what is written", write_to, unmap_to, false},
+    {"unmap of a copy's source", copy_over, unmap_from, false},
+    {"unmap of a copy's destination", copy_over, unmap_to, false},
+    {"unmap of all during a copy", copy_over, unmap_all, false},
+    {"start of the dirty log during a write", write_to, start_log, false},
+    {"start of the dirty log during a copy", copy_over, start_log, false},
+    {"stop of the dirty log during a write", write_to, stop_log, true},
+};
+
+static void *access_and_stop(void *arg)
+{
+    const struct waiting_case *c = &waiting_cases[(uintptr_t)arg];
+    vfu_iommu_reader *reader;
+    if (vfu_iommu_reader_open(table, &reader) || c->access(reader))
+        atomic_fetch_add(&wrong, 1);
+    vfu_iommu_reader_close(reader);
+    return NULL;
+}
+
+static void *operate(void *arg)
+{
+    if (waiting_cases[(uintptr_t)arg].op())
+        atomic_fetch_add(&wrong, 1);
+    atomic_store(&op_returned, true);
+    return NULL;
+}
+
+START_TEST(waits_for_an_access_in_flight)
+{
+    const struct waiting_case *c = &waiting_cases[_i];
+    static char from[4096], to[4096];
+    begin(&(vfu_iommu_desc){.guard = stopping_guard});
+    atomic_store(&arrived, false);
+    atomic_store(&may_go_on, false);
+    atomic_store(&op_returned, false);
+    for (int i = 0; i < 2; i++) {
+        vfu_iommu_mapping m = {
+            .iova = i ? TO : FROM, .size = 4096, .prot = RW, .flags = VFU_IOMMU_GUARDED, .host = i ? to : from};
+        ck_assert_int_eq(vfu_iommu_map(table, &m), 0);
+    }
+    if (c->logging)
+        ck_assert_int_eq(start_log(), 0);
+    pthread_t access = start(access_and_stop, (uintptr_t)_i);
+    while (!atomic_load(&arrived))
+        sched_yield();
+    pthread_t op = start(operate, (uintptr_t)_i);
+    nanosleep(&(struct timespec){.tv_nsec = 20000000}, NULL);
+    ck_assert_msg(!atomic_load(&op_returned), "%s: has not waited", c->name);
+    atomic_store(&may_go_on, true);
+    pthread_join(access, NULL);
+    pthread_join(op, NULL);
+    end();
+}
+END_TEST
+
 /* ---- no false fault --------------------------------------------------------------------------------------------------- */
 
 enum { GROWING = 20000, STABLE = 512 };
 static atomic_uint grown;
-static char cell[64];
 
 /* Whatever was mapped before the access began is found, although the tree turns under the walk. The count is read relaxed,
  * so that ThreadSanitizer sees whether the table itself orders a new mapping before the walk that finds it. */
@@ -146,6 +238,59 @@ START_TEST(stable_mappings_among_others)
     atomic_store(&stop, true);
     for (int i = 0; i < 2; i++)
         pthread_join(thread[i], NULL);
+    end();
+}
+END_TEST
+
+/* The second page of a mapping is still known to the translation cache by a node that is free now, with the same addresses. */
+START_TEST(mapped_anew_in_another_node)
+{
+    static char pages[8192];
+    char bytes[64];
+    vfu_iommu_reader *reader;
+    begin(NULL);
+    ck_assert_int_eq(vfu_iommu_reader_open(table, &reader), 0);
+    ck_assert_int_eq(map_bytes(0, sizeof(pages), pages), 0);
+    ck_assert_int_eq(vfu_iommu_read(reader, 4096, bytes, sizeof(bytes)), 0);
+    ck_assert_int_eq(map_bytes(1 << 20, 64, cell), 0);
+    ck_assert_int_eq(vfu_iommu_unmap(table, 0, sizeof(pages)), 1);
+    ck_assert_int_eq(vfu_iommu_unmap(table, 1 << 20, 64), 1);
+    ck_assert_int_eq(map_bytes(0, sizeof(pages), pages), 0);
+    ck_assert_int_eq(vfu_iommu_read(reader, 4096, bytes, sizeof(bytes)), 0);
+    ck_assert_int_eq(vfu_iommu_probe(reader, 4096, 64, RW), 0);
+    vfu_iommu_reader_close(reader);
+    end();
+}
+END_TEST
+
+/* One node is all there is: it is readable at one address, then writable at another, and never anything between. */
+static void *probe_the_only_node(void *arg)
+{
+    vfu_iommu_reader *reader;
+    (void)arg;
+    if (vfu_iommu_reader_open(table, &reader))
+        abort();
+    while (!atomic_load_explicit(&stop, memory_order_relaxed))
+        if (!vfu_iommu_probe(reader, 0x1000, 64, VFU_IOMMU_WRITE) || !vfu_iommu_probe(reader, 0x2000, 64, VFU_IOMMU_READ))
+            atomic_fetch_add(&wrong, 1);
+    vfu_iommu_reader_close(reader);
+    return NULL;
+}
+
+START_TEST(one_node_in_two_places)
+{
+    begin(&(vfu_iommu_desc){.max_mappings = 1, .cache_entries = 1});
+    pthread_t thread = start(probe_the_only_node, 0);
+    for (double until = stress_seconds() + 0.5; stress_seconds() < until;) {
+        for (uint64_t i = 0; i < 100; i++) {
+            uint64_t iova = i % 2 ? 0x1000 : 0x2000;
+            vfu_iommu_mapping m = {.iova = iova, .size = 64, .prot = i % 2 ? VFU_IOMMU_READ : VFU_IOMMU_WRITE, .host = cell};
+            if (vfu_iommu_map(table, &m) || vfu_iommu_unmap(table, iova, 64) != 1)
+                ck_abort_msg("map and unmap");
+        }
+    }
+    atomic_store(&stop, true);
+    pthread_join(thread, NULL);
     end();
 }
 END_TEST
@@ -484,8 +629,11 @@ int main(void)
     TCase *tc = tcase_create("threads");
     tcase_set_timeout(tc, 120);
     tcase_add_test(tc, no_stale_access);
+    tcase_add_loop_test(tc, waits_for_an_access_in_flight, 0, sizeof(waiting_cases) / sizeof(waiting_cases[0]));
     tcase_add_test(tc, growing_table);
     tcase_add_test(tc, stable_mappings_among_others);
+    tcase_add_test(tc, mapped_anew_in_another_node);
+    tcase_add_test(tc, one_node_in_two_places);
     tcase_add_test(tc, unmaps_of_the_same_ranges);
     tcase_add_test(tc, release_and_acquire);
     tcase_add_test(tc, no_dirty_page_is_lost);
