@@ -51,9 +51,7 @@ ABSENT := $(if $(wildcard tests/firmware.sh),,check-firmware)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help examples demo deps tests check check-normal check-asan check-clang check-tsan check-stress check-compile \
-    check-hostile fuzz check-qemu check-firmware bench-iommu bench size check-qemu-long bench-nvme install uninstall \
-    clean FORCE
+.PHONY: $(shell sed -n 's/^\([a-z-]*\):.*## .*/\1/p' Makefile) FORCE
 
 help: ## list the targets
 	@awk -v absent=' $(ABSENT) ' '/^[a-z-]+:.*## / { name = $$1; sub(/:.*/, "", name); sub(/^.*## /, "");            \
