@@ -685,7 +685,7 @@ START_TEST(killed_engines)
         must(pid);
         if (pid == 0) {
             prctl(PR_SET_PDEATHSIG, SIGKILL);
-            execl(engine_path(), "dma_engine", option, (char *)NULL);
+            execl(example_path("dma_engine"), "dma_engine", option, (char *)NULL);
             _exit(127);
         }
         for (unsigned tries = 0; (err = vfu_client_connect(&client, address.sun_path, &desc)) == -ECONNREFUSED || err == -ENOENT;
