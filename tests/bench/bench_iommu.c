@@ -567,7 +567,7 @@ int main(void)
         figure chain;
         for (int r = 0; r < ROUNDS; r++)
             chain.round[r] = time_chain(spread[i] << 20);
-        settle(&chain);
+        settle(&chain, ROUNDS);
         printf("%s %.0f ns (%.0f..%.0f) within %zu MiB", i ? "," : "", chain.median, chain.least, chain.greatest, spread[i]);
     }
     printf(".\nThe table and its hints are memory that memcpy doesn't need: 5 %% of the hot accesses find them cold.\n");
