@@ -82,8 +82,8 @@
  * HOW IT WORKS: THE MEMORY-ORDER ARGUMENT
  *
  * Mappings are nodes of an AVL tree, in an array that lives as long as the table: a node that is removed is used again for
- * another mapping but is never anything else than a node. `state` of a node says whether its mapping is live, and counts on
- * with every change, so that no value comes back while anybody remembers it.
+ * another mapping but is never anything else than a node. `state` of a node says whether its mapping is live, and counts the
+ * mappings that it was used for.
  *
  *     reader                                         unmap
  *     R1  hazard = node          (seq_cst store)     U1  state = dead            (seq_cst store)
@@ -109,7 +109,8 @@
  * A local reader skips R1 and R4: U1 to U3 are the same thread's, so none of them comes between R2 and the end of R3. (While a
  * dirty log runs it doesn't skip them: another thread that maps may rebuild the log's index, and waits for the hazards then.)
  *
- * Lock order: there is one lock, and it is never taken while a hazard is published, so an unmap may wait for hazards under it.
+ * Locks: the table has one, and it is never taken while a hazard is published, so an unmap may wait for hazards under it. The
+ * fault log has another, under which nothing else happens.
  * Hazards are held for at most VFU_IOMMU_PIECE bytes of copying. Whatever takes longer (callbacks, pins) counts itself in the
  * node instead, and an unmap waits for these counts without the lock.
  */
@@ -1432,8 +1433,8 @@ static bool vfux_is_leaving(vfu_iommu *t, uint32_t i, uint64_t iova)
     return vfux_peek(&t->nodes[i], iova, &view) && view.state == VFUX_LEAVING;
 }
 
-/* The same after a walk, which is noted in the translation cache. With NULL, *none: at one moment of the call no mapping had
- * iova. */
+/* Holds the mapping of iova after a walk, which is noted in the translation cache. With NULL, *none: at one moment of the call
+ * no mapping had iova. */
 static vfux_node *vfux_hold_walk(vfu_iommu_reader *r, unsigned slot, uint64_t iova, bool *none)
 {
     vfu_iommu *t = r->iommu;
