@@ -67,11 +67,11 @@ deps: ## install what the tests need, with the system's package manager
 
 check: check-normal check-asan check-compile ## run the tests: normal build, sanitizers, compilers
 
-# Whatever was compiled with other options is compiled again.
+# Whatever was compiled with other options is compiled again. Two makes may be at this at once.
 $(BUILD)/config: FORCE | $(AFTER_DEPS)
 	@mkdir -p $(@D)
-	@printf '%s\n' '$(subst ','\'',$(CC) $(CLANG) $(WERROR) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS))' >$@.new
-	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
+	@new=$@.$$$$; printf '%s\n' '$(subst ','\'',$(CC) $(CLANG) $(WERROR) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS))' >$$new;          \
+	    if cmp -s $$new $@; then rm $$new; else mv $$new $@; fi
 
 # One build of the examples and the tests: $(call build,DIRECTORY,COMPILER,FLAGS). $$ leaves a variable to the recipes: SAN_CC is
 # known late, and the flags have commas.
