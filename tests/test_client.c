@@ -9,61 +9,9 @@
 
 /* ---- with our own device --------------------------------------------------------------------------------------------------------------- */
 
-static rig R;
-static served device;
-static uint8_t device_buffer[1 << 20];
-static vfu_dma transfer;
-static int transfer_result;
-
-enum { DMA_REGION_OFFSET = 0x40 }; /* a write of {iova, len, to_client} there, in BAR 0, starts a transfer; vector 3 tells its end */
-
-static void transfer_done(vfu_dma *dma, int result)
-{
-    (void)dma;
-    transfer_result = result;
-    memcpy(&R.storage[0][DMA_REGION_OFFSET + 32], &result, sizeof(result));
-    vfu_dev_raise(R.dev, VFU_PCI_IRQ_MSIX, 3);
-}
-
-static void transfer_work(rig *r)
-{
-    uint64_t words[3];
-    memcpy(words, &r->storage[0][DMA_REGION_OFFSET], sizeof(words));
-    transfer = (vfu_dma){.iova = words[0], .buf = device_buffer, .len = words[1], .to_client = words[2], .done = transfer_done};
-    int result = vfu_dev_dma(r->dev, &transfer);
-    if (result != 1)
-        transfer_done(&transfer, result);
-}
-
-static void transfer_write(rig *r)
-{
-    if (r->last_region == 0 && r->last_offset == DMA_REGION_OFFSET)
-        vfu_dev_want_work(r->dev);
-    if (r->last_region == 0 && r->last_offset == 0)
-        vfu_dev_raise(r->dev, VFU_PCI_IRQ_MSIX, r->storage[0][0]);
-}
-
-static vfu_client *device_open(const vfu_client_desc *desc, uint32_t device_xfer)
-{
-    vfu_dev_desc d = rig_desc(&R);
-    d.max_data_xfer_size = device_xfer;
-    R.on_write = transfer_write;
-    R.on_work = transfer_work;
-    rig_create(&R, &d);
-    serve(&device, R.dev);
-    return served_client(&device, desc);
-}
-
-static void device_close(vfu_client *client)
-{
-    vfu_client_destroy(client);
-    serve_end(&device);
-    rig_destroy(&R);
-}
-
 START_TEST(device_queries)
 {
-    vfu_client *client = device_open(NULL, 0);
+    vfu_client *client = device_open(NULL);
     vfu_wire_device_info info;
     vfu_wire_irq_info irq;
     vfu_client_region region;
@@ -104,7 +52,9 @@ START_TEST(device_regions)
     static const uint32_t limits[][2] = {{0, 0}, {4096, 0}, {0, 4096}, {4096, 8192}};
     static uint8_t data[RIG_BAR2], back[RIG_BAR2];
     for (unsigned i = 0; i < COUNT(limits); i++) {
-        vfu_client *client = device_open(&(vfu_client_desc){.max_data_xfer_size = limits[i][0]}, limits[i][1]);
+        vfu_dev_desc desc = device_desc();
+        desc.max_data_xfer_size = limits[i][1];
+        vfu_client *client = device_start(&desc, &(vfu_client_desc){.max_data_xfer_size = limits[i][0]});
         for (uint32_t k = 0; k < sizeof(data); k++)
             data[k] = (uint8_t)(k * 7 + k / 256 + i);
         memset(back, 0, sizeof(back));
@@ -127,13 +77,13 @@ START_TEST(device_irqs)
 {
     int events[RIG_VECTORS];
     uint8_t vector;
-    vfu_client *client = device_open(NULL, 0);
+    vfu_client *client = device_open(NULL);
     for (unsigned v = 0; v < RIG_VECTORS; v++)
         events[v] = event();
     ck_assert_int_eq(vfu_client_irq_assign(client, 2, 0, RIG_VECTORS, events), 0);
     ck_assert_int_eq(vfu_client_irq_assign(client, 2, 1, 1, NULL), 0);
     for (vector = 0; vector < RIG_VECTORS; vector++) {
-        ck_assert_int_eq(vfu_client_region_write(client, 0, 0, &vector, 1), 0);
+        ck_assert_int_eq(vfu_client_region_write(client, 0, RAISE_AT, &vector, 1), 0);
         ck_assert_uint_eq(signals(events[vector]), vector != 1);
     }
     ck_assert_int_eq(vfu_client_irq_action(client, 2, 2, 1, VFU_IRQ_SET_ACTION_TRIGGER), 0); /* loopback */
@@ -143,7 +93,7 @@ START_TEST(device_irqs)
     ck_assert_int_eq(vfu_client_irq_assign(client, 2, 3, 2, events), -EINVAL);
     ck_assert_int_eq(vfu_client_irq_action(client, 2, 0, 0, VFU_IRQ_SET_ACTION_TRIGGER), 0); /* switched off */
     vector = 0;
-    ck_assert_int_eq(vfu_client_region_write(client, 0, 0, &vector, 1), 0);
+    ck_assert_int_eq(vfu_client_region_write(client, 0, RAISE_AT, &vector, 1), 0);
     ck_assert_uint_eq(signals(events[0]), 0);
     ck_assert_int_eq(vfu_client_reset(client), 0);
     device_close(client);
@@ -152,18 +102,6 @@ START_TEST(device_irqs)
 }
 END_TEST
 
-/* Asks the device for a transfer and serves it until its end; returns its result. */
-static int device_dma(vfu_client *client, int wake, uint64_t iova, uint64_t len, bool to_client)
-{
-    uint64_t words[3] = {iova, len, to_client};
-    int result;
-    ck_assert_int_eq(vfu_client_region_write(client, 0, DMA_REGION_OFFSET, words, sizeof(words)), 0);
-    ck_assert_int_eq(vfu_client_serve(client, wake, PATIENCE_MS), 1);
-    ck_assert_uint_eq(signals(wake), 1);
-    ck_assert_int_eq(vfu_client_region_read(client, 0, DMA_REGION_OFFSET + 32, &result, sizeof(result)), 0);
-    return result;
-}
-
 /* The device reaches what is mapped, with its permission, by descriptor or by message, and nothing else. */
 START_TEST(device_memory)
 {
@@ -171,7 +109,7 @@ START_TEST(device_memory)
     int file = memfd("client", SIZE, F_SEAL_SHRINK), wake = event();
     uint8_t *mem = mmap(NULL, SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
     for (unsigned by_message = 0; by_message < 2; by_message++) {
-        vfu_client *client = device_open(NULL, 0);
+        vfu_client *client = device_open(NULL);
         int fd = by_message ? -1 : file;
         ck_assert_int_eq(vfu_client_irq_assign(client, 2, 3, 1, &wake), 0);
         ck_assert_int_eq(vfu_client_dma_map(client, AT, SIZE / 2, VFU_IOMMU_READ | VFU_IOMMU_WRITE, mem, fd, 0), 0);

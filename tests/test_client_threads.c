@@ -7,89 +7,6 @@
  */
 #include "client.h"
 
-static rig R;
-static served device;
-
-/* What the device does with a write, by its offset in BAR 0. */
-enum {
-    RAISE_AT = 0x10,    /* raises the MSI-X vector that is written */
-    TRANSFER_AT = 0x40, /* {iova, len, to_client}: transfers, then raises vector 3 */
-    RESULT_AT = 0x60
-};
-
-static uint8_t device_buffer[256 << 10];
-static vfu_dma transfer;
-
-static void transfer_done(vfu_dma *dma, int result)
-{
-    (void)dma;
-    memcpy(&R.storage[0][RESULT_AT], &result, sizeof(result));
-    vfu_dev_raise(R.dev, VFU_PCI_IRQ_MSIX, 3);
-}
-
-static void on_work(rig *r)
-{
-    uint64_t words[3];
-    memcpy(words, &r->storage[0][TRANSFER_AT], sizeof(words));
-    transfer = (vfu_dma){.iova = words[0], .buf = device_buffer, .len = words[1], .to_client = words[2], .done = transfer_done};
-    int result = vfu_dev_dma(r->dev, &transfer);
-    if (result != 1)
-        transfer_done(&transfer, result);
-}
-
-static void on_write(rig *r)
-{
-    if (r->last_region == 0 && r->last_offset == RAISE_AT)
-        vfu_dev_raise(r->dev, VFU_PCI_IRQ_MSIX, r->storage[0][RAISE_AT]);
-    if (r->last_region == 0 && r->last_offset == TRANSFER_AT)
-        vfu_dev_want_work(r->dev);
-}
-
-static vfu_dev_desc device_desc(void)
-{
-    vfu_dev_desc desc = rig_desc(&R);
-    R.on_write = on_write;
-    R.on_work = on_work;
-    return desc;
-}
-
-static vfu_client *device_start(const vfu_dev_desc *desc, const vfu_client_desc *client)
-{
-    rig_create(&R, desc);
-    serve(&device, R.dev);
-    return served_client(&device, client);
-}
-
-static vfu_client *device_open(const vfu_client_desc *client)
-{
-    vfu_dev_desc desc = device_desc();
-    return device_start(&desc, client);
-}
-
-static void device_end(void)
-{
-    serve_end(&device);
-    rig_destroy(&R);
-}
-
-static void device_close(vfu_client *client)
-{
-    vfu_client_destroy(client);
-    device_end();
-}
-
-static uint32_t get32(vfu_client *client, uint32_t region, uint64_t offset)
-{
-    uint32_t value;
-    ck_assert_int_eq(vfu_client_region_read(client, region, offset, &value, sizeof(value)), 0);
-    return value;
-}
-
-static int put32(vfu_client *client, uint32_t region, uint64_t offset, uint32_t value)
-{
-    return vfu_client_region_write(client, region, offset, &value, sizeof(value));
-}
-
 /* ---- many in flight ------------------------------------------------------------------------------------------------------ */
 
 /* As many as fit, again and again: each completes once, in order, with what was asked for. */
@@ -427,16 +344,6 @@ START_TEST(migration)
     device_close(client);
 }
 END_TEST
-
-/* Has the device transfer, and serves it. */
-static int device_dma(vfu_client *client, int wake, uint64_t iova, uint64_t len, bool to_client)
-{
-    uint64_t words[3] = {iova, len, to_client};
-    ck_assert_int_eq(vfu_client_region_write(client, 0, TRANSFER_AT, words, sizeof(words)), 0);
-    ck_assert_int_eq(vfu_client_serve(client, wake, PATIENCE_MS), 1);
-    ck_assert_uint_eq(signals(wake), 1);
-    return (int)get32(client, 0, RESULT_AT);
-}
 
 /* The bits of what the device has written, in one message or in many. */
 START_TEST(dirty_log)
