@@ -1522,8 +1522,8 @@ VFU_API int vfu_client_timeout(vfu_client *client);
 VFU_API int vfu_client_serve(vfu_client *client, int wake_fd, int timeout_ms);
 
 /* One request and its reply, whatever it is: the general form of what follows. The id and flags of *request are set; fds are
- * borrowed. Views in *reply are borrowed until the next call. received (may be NULL) gets up to max_received descriptors,
- * which it gives, and -1 in the rest. */
+ * borrowed. Views in *reply are borrowed until the next call; it is zero if none came. received (may be NULL) gets up to
+ * max_received descriptors, which it gives, and -1 in the rest. */
 VFU_API int vfu_client_call(vfu_client *client, vfu_msg *request, const int *fds, unsigned fd_count, vfu_msg *reply,
                             int *received, unsigned max_received);
 
@@ -8279,6 +8279,7 @@ VFU_API int vfu_client_call(vfu_client *client, vfu_msg *request, const int *fds
 {
     uint64_t until = vfux_now_ms() + client->desc.timeout_ms;
     int id, err = 0;
+    *reply = (vfu_msg){0};
     for (unsigned i = 0; i < max_received; i++)
         received[i] = -1;
     request->flags = VFU_HDR_COMMAND;
@@ -8297,7 +8298,7 @@ VFU_API int vfu_client_call(vfu_client *client, vfu_msg *request, const int *fds
     err = 0;
     while (err >= 0 && call->state != VFUX_CALL_DONE)
         err = vfux_client_step(client, -1, UINT64_MAX, call);
-    *reply = call->done.reply; /* of a broken connection: zero */
+    *reply = call->done.reply;
     err = call->done.result;
     vfux_call_release(client, call);
     return err;
