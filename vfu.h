@@ -1522,7 +1522,7 @@ VFU_API int vfu_client_timeout(vfu_client *client);
 VFU_API int vfu_client_serve(vfu_client *client, int wake_fd, int timeout_ms);
 
 /* One request and its reply, whatever it is: the general form of what follows. The id and flags of *request are set; fds are
- * borrowed. Views in *reply are borrowed until the next call; it is zero if none came. received (may be NULL) gets up to
+ * borrowed. Views in *reply, which may be *request, are borrowed until the next call; it is zero if none came. received (may be NULL) gets up to
  * max_received descriptors, which it gives, and -1 in the rest. */
 VFU_API int vfu_client_call(vfu_client *client, vfu_msg *request, const int *fds, unsigned fd_count, vfu_msg *reply,
                             int *received, unsigned max_received);
@@ -8279,18 +8279,16 @@ VFU_API int vfu_client_call(vfu_client *client, vfu_msg *request, const int *fds
 {
     uint64_t until = vfux_now_ms() + client->desc.timeout_ms;
     int id, err = 0;
-    *reply = (vfu_msg){0};
     for (unsigned i = 0; i < max_received; i++)
         received[i] = -1;
     request->flags = VFU_HDR_COMMAND;
-    while ((id = vfux_client_start(client, request, fds, fd_count)) == -EAGAIN) { /* the queue is full */
+    while (err >= 0 && (id = vfux_client_start(client, request, fds, fd_count)) == -EAGAIN) /* the queue is full */
         err = vfux_now_ms() < until ? vfux_client_step(client, -1, until, NULL)
                                     : vfux_client_break(client, -ETIMEDOUT, "it takes no more requests");
-        if (err < 0)
-            return err;
+    if (err < 0 || id < 0) {
+        *reply = (vfu_msg){0};
+        return err < 0 ? err : id;
     }
-    if (id < 0)
-        return id;
     vfux_call *call = vfux_call_start(client, request);
     call->in_place = true;
     call->received = received;
@@ -8303,6 +8301,9 @@ VFU_API int vfu_client_call(vfu_client *client, vfu_msg *request, const int *fds
     vfux_call_release(client, call);
     return err;
 }
+
+/* One without descriptors; its reply takes its place. */
+static int vfux_client_ask(vfu_client *client, vfu_msg *msg) { return vfu_client_call(client, msg, NULL, 0, msg, NULL, 0); }
 
 VFU_API int vfu_client_serve(vfu_client *client, int wake_fd, int timeout_ms)
 {
@@ -8510,17 +8511,17 @@ VFU_API vfu_iommu *vfu_client_iommu(vfu_client *client) { return client->iommu; 
 
 VFU_API int vfu_client_info(vfu_client *client, vfu_wire_device_info *out)
 {
-    vfu_msg request, reply;
-    vfu_msg_init(&request, 0, VFU_CMD_DEVICE_GET_INFO);
-    request.u.device_info.argsz = sizeof(vfu_wire_device_info);
-    int err = vfu_client_call(client, &request, NULL, 0, &reply, NULL, 0);
+    vfu_msg msg;
+    vfu_msg_init(&msg, 0, VFU_CMD_DEVICE_GET_INFO);
+    msg.u.device_info.argsz = sizeof(vfu_wire_device_info);
+    int err = vfux_client_ask(client, &msg);
     if (err)
         return err;
     *out = (vfu_wire_device_info){
-        .argsz = reply.u.device_info.argsz,
-        .flags = reply.u.device_info.flags,
-        .num_regions = reply.u.device_info.num_regions,
-        .num_irqs = reply.u.device_info.num_irqs,
+        .argsz = msg.u.device_info.argsz,
+        .flags = msg.u.device_info.flags,
+        .num_regions = msg.u.device_info.num_regions,
+        .num_irqs = msg.u.device_info.num_irqs,
     };
     client->info = *out;
     client->info_known = true;
@@ -8529,17 +8530,17 @@ VFU_API int vfu_client_info(vfu_client *client, vfu_wire_device_info *out)
 
 VFU_API int vfu_client_irq_info(vfu_client *client, uint32_t index, vfu_wire_irq_info *out)
 {
-    vfu_msg request, reply;
-    vfu_msg_init(&request, 0, VFU_CMD_DEVICE_GET_IRQ_INFO);
-    request.u.irq_info.argsz = sizeof(vfu_wire_irq_info);
-    request.u.irq_info.index = index;
-    int err = vfu_client_call(client, &request, NULL, 0, &reply, NULL, 0);
+    vfu_msg msg;
+    vfu_msg_init(&msg, 0, VFU_CMD_DEVICE_GET_IRQ_INFO);
+    msg.u.irq_info.argsz = sizeof(vfu_wire_irq_info);
+    msg.u.irq_info.index = index;
+    int err = vfux_client_ask(client, &msg);
     if (!err)
         *out = (vfu_wire_irq_info){
-            .argsz = reply.u.irq_info.argsz,
-            .flags = reply.u.irq_info.flags,
+            .argsz = msg.u.irq_info.argsz,
+            .flags = msg.u.irq_info.flags,
             .index = index,
-            .count = reply.u.irq_info.count,
+            .count = msg.u.irq_info.count,
         };
     return err;
 }
@@ -8967,10 +8968,10 @@ static int vfux_known_signal(const vfux_known *known, uint64_t offset, const voi
 static int vfux_client_access_region(vfu_client *client, uint16_t cmd, uint32_t region, uint64_t offset, uint8_t *in,
                                      const uint8_t *out, uint32_t count)
 {
-    vfu_msg reply, request = vfux_region_msg(cmd, region, offset, out, count);
-    int err = vfu_client_call(client, &request, NULL, 0, &reply, NULL, 0);
+    vfu_msg msg = vfux_region_msg(cmd, region, offset, out, count);
+    int err = vfux_client_ask(client, &msg);
     if (!err && in)
-        memcpy(in, reply.u.region.data, count);
+        memcpy(in, msg.u.region.data, count);
     return err;
 }
 
@@ -9014,20 +9015,20 @@ VFU_API int vfu_client_write_multi(vfu_client *client, const vfu_wire_write_one 
             return -EINVAL;
     while (done < count) {
         uint32_t part = (uint32_t)vfux_min(count - done, vfux_min(room, INT_MAX - done));
-        vfu_msg request, reply;
+        vfu_msg msg;
         int err;
         if (!client->server.write_multiple || !part) {
             err = vfux_client_access_region(client, VFU_CMD_REGION_WRITE, writes[done].region, writes[done].offset, NULL,
                                             writes[done].data, writes[done].count);
             part = 1;
         } else {
-            vfu_msg_init(&request, 0, VFU_CMD_REGION_WRITE_MULTI);
-            request.u.write_multi.count = part;
-            request.u.write_multi.data = (const uint8_t *)&writes[done];
-            request.u.write_multi.data_len = part * (uint32_t)sizeof(*writes);
-            err = vfu_client_call(client, &request, NULL, 0, &reply, NULL, 0);
-            if (!err && reply.u.write_multi.count < part)
-                return (int)(done + (uint32_t)reply.u.write_multi.count);
+            vfu_msg_init(&msg, 0, VFU_CMD_REGION_WRITE_MULTI);
+            msg.u.write_multi.count = part;
+            msg.u.write_multi.data = (const uint8_t *)&writes[done];
+            msg.u.write_multi.data_len = part * (uint32_t)sizeof(*writes);
+            err = vfux_client_ask(client, &msg);
+            if (!err && msg.u.write_multi.count < part)
+                return (int)(done + (uint32_t)msg.u.write_multi.count);
         }
         if (err)
             return done && client->main.conn ? (int)done : err;
@@ -9139,12 +9140,12 @@ VFU_API int vfu_client_dma_map(vfu_client *client, uint64_t iova, uint64_t size,
 
 VFU_API int vfu_client_dma_unmap(vfu_client *client, uint64_t iova, uint64_t size)
 {
-    vfu_msg request, reply;
-    vfu_msg_init(&request, 0, VFU_CMD_DMA_UNMAP);
-    request.u.dma_unmap.argsz = sizeof(vfu_wire_dma_unmap);
-    request.u.dma_unmap.address = iova;
-    request.u.dma_unmap.size = size;
-    int err = vfu_client_call(client, &request, NULL, 0, &reply, NULL, 0);
+    vfu_msg msg;
+    vfu_msg_init(&msg, 0, VFU_CMD_DMA_UNMAP);
+    msg.u.dma_unmap.argsz = sizeof(vfu_wire_dma_unmap);
+    msg.u.dma_unmap.address = iova;
+    msg.u.dma_unmap.size = size;
+    int err = vfux_client_ask(client, &msg);
     if (err)
         return err;
     if (client->told)
@@ -9251,8 +9252,8 @@ VFU_API int vfu_client_irq_unmask_by(vfu_client *client, uint32_t index, uint32_
 
 VFU_API int vfu_client_irq_action(vfu_client *client, uint32_t index, uint32_t start, uint32_t count, uint32_t action)
 {
-    vfu_msg reply, request = vfux_irq_msg(VFU_IRQ_SET_DATA_NONE | (action & VFU_IRQ_SET_ACTION_BITS), index, start, count);
-    int err = vfu_client_call(client, &request, NULL, 0, &reply, NULL, 0);
+    vfu_msg msg = vfux_irq_msg(VFU_IRQ_SET_DATA_NONE | (action & VFU_IRQ_SET_ACTION_BITS), index, start, count);
+    int err = vfux_client_ask(client, &msg);
     for (vfux_told_irq *told = client->told_irqs; told; told = told->next)
         if (!err && !count && action == VFU_IRQ_SET_ACTION_TRIGGER && told->index == index)
             vfux_told_irq_set(told, 0, told->count, NULL);
@@ -9261,9 +9262,9 @@ VFU_API int vfu_client_irq_action(vfu_client *client, uint32_t index, uint32_t s
 
 VFU_API int vfu_client_reset(vfu_client *client)
 {
-    vfu_msg request, reply;
-    vfu_msg_init(&request, 0, VFU_CMD_DEVICE_RESET);
-    return vfu_client_call(client, &request, NULL, 0, &reply, NULL, 0);
+    vfu_msg msg;
+    vfu_msg_init(&msg, 0, VFU_CMD_DEVICE_RESET);
+    return vfux_client_ask(client, &msg);
 }
 
 /* ---- connecting again --------------------------------------------------------------------------------------------------- */
@@ -9423,18 +9424,18 @@ VFU_API int64_t vfu_client_mig_read(vfu_client *client, void *buf, size_t len)
 {
     size_t done = 0;
     while (done < len) {
-        vfu_msg request, reply;
+        vfu_msg msg;
         uint32_t part = (uint32_t)vfux_min(len - done, client->server_xfer);
-        vfu_msg_init(&request, 0, VFU_CMD_MIG_DATA_READ);
-        request.u.mig_data.argsz = (uint32_t)sizeof(vfu_wire_mig_data) + part;
-        request.u.mig_data.size = part;
-        int err = vfu_client_call(client, &request, NULL, 0, &reply, NULL, 0);
+        vfu_msg_init(&msg, 0, VFU_CMD_MIG_DATA_READ);
+        msg.u.mig_data.argsz = (uint32_t)sizeof(vfu_wire_mig_data) + part;
+        msg.u.mig_data.size = part;
+        int err = vfux_client_ask(client, &msg);
         if (err)
             return err;
-        if (reply.u.mig_data.size)
-            memcpy((uint8_t *)buf + done, reply.u.mig_data.data, reply.u.mig_data.size);
-        done += reply.u.mig_data.size;
-        if (reply.u.mig_data.size < part)
+        if (msg.u.mig_data.size)
+            memcpy((uint8_t *)buf + done, msg.u.mig_data.data, msg.u.mig_data.size);
+        done += msg.u.mig_data.size;
+        if (msg.u.mig_data.size < part)
             break;
     }
     return (int64_t)done;
@@ -9444,13 +9445,13 @@ VFU_API int vfu_client_mig_write(vfu_client *client, const void *buf, size_t len
 {
     int err = 0;
     for (size_t done = 0, part; done < len && !err; done += part) {
-        vfu_msg request, reply;
+        vfu_msg msg;
         part = (size_t)vfux_min(len - done, client->server_xfer);
-        vfu_msg_init(&request, 0, VFU_CMD_MIG_DATA_WRITE);
-        request.u.mig_data.argsz = (uint32_t)(sizeof(vfu_wire_mig_data) + part);
-        request.u.mig_data.size = request.u.mig_data.data_len = (uint32_t)part;
-        request.u.mig_data.data = (const uint8_t *)buf + done;
-        err = vfu_client_call(client, &request, NULL, 0, &reply, NULL, 0);
+        vfu_msg_init(&msg, 0, VFU_CMD_MIG_DATA_WRITE);
+        msg.u.mig_data.argsz = (uint32_t)(sizeof(vfu_wire_mig_data) + part);
+        msg.u.mig_data.size = msg.u.mig_data.data_len = (uint32_t)part;
+        msg.u.mig_data.data = (const uint8_t *)buf + done;
+        err = vfux_client_ask(client, &msg);
     }
     return err;
 }

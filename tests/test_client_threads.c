@@ -510,6 +510,58 @@ START_TEST(server_started_again)
 }
 END_TEST
 
+/* Each allocation fails once: the call says so and the next one works, or the connection is made again. */
+START_TEST(allocations_fail)
+{
+    static const vfu_io_fd none = {.region = 0, .type = VFU_IO_FD_IOEVENTFD, .offset = 0x80, .size = 4};
+    int wake = event(), io = event();
+    uint8_t *mem = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    int file = memfd("shared", PAGE, 0);
+    unsigned failures = 0;
+    vfu_io_fd fd = none;
+    fd.fd = io;
+    vfu_dev_desc desc = device_desc();
+    desc.io_fds = &fd;
+    desc.io_fd_count = 1;
+    vfu_client *client = device_start(&desc, NULL);
+    vfu_client_destroy(client);
+    bool failed = true;
+    for (unsigned long n = 1; failed; n++) {
+        heap h = {.fail_at = n};
+        vfu_client_desc mine = {.reconnects = true, .alloc = heap_of(&h), .logger = {.write = ignore_log}};
+        uint64_t page_size = PAGE;
+        int err = vfu_client_attach(&client, connect_to(&device.address, device.len), &mine);
+        if (!err) {
+            int results[] = {vfu_client_region_open(client, 0, VFU_CLIENT_BY_EVENTFD),
+                             vfu_client_region_open(client, 2, VFU_CLIENT_BY_MEMORY),
+                             vfu_client_irq_assign(client, 2, 3, 1, &wake),
+                             vfu_client_dma_map(client, 0x1000, PAGE, VFU_IOMMU_READ | VFU_IOMMU_WRITE, mem, file, 0),
+                             vfu_client_log_start(client, &page_size, NULL, 0),
+                             vfu_client_reattach(client, connect_to(&device.address, device.len))};
+            for (unsigned i = 0; i < COUNT(results); i++) {
+                ck_assert_int_eq(results[i], results[i] ? -ENOMEM : 0);
+                err = err ? err : results[i];
+            }
+            if (results[COUNT(results) - 1])
+                ck_assert_int_eq(vfu_client_reattach(client, connect_to(&device.address, device.len)), 0);
+            ck_assert_int_eq(put32(client, 2, PAGE, 5), 0);
+            ck_assert_uint_eq(get32(client, 2, PAGE), 5);
+        }
+        failed = err != 0;
+        failures += failed;
+        ck_assert_int_eq(err, failed ? -ENOMEM : 0);
+        vfu_client_destroy(client);
+        ck_assert_uint_eq(h.live, 0);
+    }
+    ck_assert_uint_gt(failures, 15);
+    device_end();
+    munmap(mem, PAGE);
+    close(file);
+    close(io);
+    close(wake);
+}
+END_TEST
+
 /* ---- both ends full --------------------------------------------------------------------------------------------------------- */
 
 enum { ASKED = 200, ASKED_SIZE = 64 << 10, WRITTEN = 60, WRITTEN_SIZE = 32 << 10 };
@@ -608,6 +660,7 @@ int main(void)
     tcase_add_checked_fixture(tc, note_fds, check_fds);
     tcase_add_test(tc, twin_socket);
     tcase_add_test(tc, server_started_again);
+    tcase_add_test(tc, allocations_fail);
     suite_add_tcase(suite, tc);
 
     tc = tcase_create("both ends full");
