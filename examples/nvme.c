@@ -34,9 +34,9 @@
 #include <sys/syscall.h>
 #include <sys/uio.h>
 
-enum { PAGE = 4096, QUEUES_MAX = 64, ENTRIES_MAX = 1024, WORKERS = 4, SERVE_MAX = 256, BATCH = 16, EVENT_REQUESTS = 4, ERROR_ENTRIES = 4 };
-enum { MDTS = 8, TRANSFER_MAX = PAGE << MDTS, PAGES_MAX = TRANSFER_MAX / PAGE + 1, INLINE_MAX = 64 << 10 };
-enum { SQE_SIZE = 64, CQE_SIZE = 16, RANGES_MAX = 256 };
+enum { PAGE = 4096, QUEUES_MAX = 64, ENTRIES_MAX = 1024, SQE_SIZE = 64, CQE_SIZE = 16, EVENT_REQUESTS = 4, ERROR_ENTRIES = 4 };
+enum { MDTS = 8, TRANSFER_MAX = PAGE << MDTS, PAGES_MAX = TRANSFER_MAX / PAGE + 1, RANGES_MAX = 256 };
+enum { WORKERS = 4, INLINE_MAX = 64 << 10 /* bytes */, SERVE_MAX = 256, BATCH = 16 /* commands */ };
 enum { BAR_REGISTERS = 0, BAR_MSIX = 4, DOORBELLS = 0x1000, BAR_SIZE = 0x4000, DOORBELL_COUNT = 2 * (QUEUES_MAX + 1) };
 
 /* Flags of preadv2(), pwritev2() and fallocate(), which not every C library names. */
@@ -48,15 +48,15 @@ enum { CC_EN = 0x1, CC_FORMAT = 0x3ff0 /* CSS, MPS, AMS */, CC_SHN = 0xc000, CC_
 enum { CSTS_RDY = 0x1, CSTS_CFS = 0x2, CSTS_SHUTTING = 0x4, CSTS_SHUT = 0x8, CSTS_SHST = 0xc };
 #define CAP_VALUE ((UINT64_C(1) << 37 /* NVM */) | 40 << 24 /* TO: 20 s */ | 1 << 16 /* CQR */ | (ENTRIES_MAX - 1))
 
-enum admin { DELETE_SQ, CREATE_SQ, GET_LOG, DELETE_CQ = 4, CREATE_CQ, IDENTIFY, ABORT = 8, SET_FEATURES, GET_FEATURES, EVENT_REQUEST = 12 };
-enum io { FLUSH, WRITE, READ, WRITE_ZEROES = 8, DATASET_MANAGEMENT };
-enum feature {
-    ARBITRATION = 1, POWER, TEMPERATURE = 4, ERROR_RECOVERY, WRITE_CACHE, QUEUE_COUNT, COALESCING, VECTOR, ATOMICITY, EVENTS, FEATURES
-};
+/* Opcodes and features, as far as they have names here */
+enum { DELETE_SQ, CREATE_SQ, DELETE_CQ = 4, CREATE_CQ };
+enum { GET_LOG = 2, IDENTIFY = 6, ABORT = 8, SET_FEATURES, GET_FEATURES, EVENT_REQUEST = 12 };
+enum { FLUSH, WRITE, READ, WRITE_ZEROES = 8, DATASET_MANAGEMENT };
+enum { ARBITRATION = 1, POWER, TEMPERATURE = 4, WRITE_CACHE = 6, QUEUE_COUNT, VECTOR = 9, EVENTS = 11, FEATURES };
 
 /* Status codes (NVMe 4.6.1): code, type << 8, and whether it is no use to try again. */
 enum { DNR = 0x4000 };
-enum status {
+enum {
     SUCCESS = 0,
     INVALID_OPCODE = DNR | 0x01,
     INVALID_FIELD = DNR | 0x02,
@@ -80,13 +80,13 @@ enum status {
     WRITE_FAULT = 0x280,
     READ_ERROR = 0x281,
 };
-/* Or none yet: a worker has to do it from the start; somebody else will complete it. */
-enum { NEEDS_WORKER = -1, HELD = -2 };
+/* Or none: a worker has to do the command, from the start; whoever has it completes it, or a reset has ended it. */
+enum { NEEDS_WORKER = -1, NOT_OURS = -2 };
 
 /* Asynchronous events (NVMe 5.2) */
-enum event { EVENT_ERROR = 0, EVENT_NOTICE = 2, EVENT_TYPES };
+enum { EVENT_ERROR = 0, EVENT_NOTICE = 2, EVENT_TYPES };
 enum { INVALID_DOORBELL = 0, INVALID_DOORBELL_VALUE = 1, NAMESPACE_CHANGED = 0, NAMESPACE_NOTICES = 1 << 8 };
-enum log { LOG_ERRORS = 1, LOG_SMART, LOG_FIRMWARE, LOG_CHANGED_NAMESPACES };
+enum { LOG_ERRORS = 1, LOG_SMART, LOG_FIRMWARE, LOG_CHANGED_NAMESPACES };
 
 typedef struct nvme nvme;
 typedef struct sq sq;
@@ -133,6 +133,12 @@ typedef struct range {
     size_t len;
 } range;
 
+/* Bytes of the image */
+typedef struct zeros {
+    uint64_t offset, len;
+    bool deallocate;
+} zeros;
+
 typedef struct lane {
     nvme *c;
     vfu_iommu_reader *reader;
@@ -153,12 +159,12 @@ struct nvme {
     vfu_dev *dev;
     int image;
     bool read_only;
-    unsigned block_shift, queues; /* I/O queue pairs */
-    uint64_t id;                  /* of the image: the same whenever it is served */
-    atomic_bool reads_wait, writes_wait; /* NO_WAIT isn't possible */
-    lane lanes[1 + WORKERS + 1];         /* socket, workers, poller */
-    unsigned threads;                    /* of lanes 1 on, that run */
-    _Atomic uint32_t *page;              /* doorbells that the client maps, or NULL */
+    unsigned block_shift, queues;          /* I/O queue pairs */
+    uint64_t id;                           /* of the image: the same whenever it is served */
+    atomic_bool reads_wait, writes_wait;   /* NO_WAIT isn't possible */
+    lane lanes[1 + WORKERS + 1];           /* socket, workers, poller */
+    unsigned threads;                      /* of lanes 1 on, that run */
+    _Atomic uint32_t *page;                /* doorbells that the client maps, or NULL */
     _Atomic uint32_t rung[DOORBELL_COUNT]; /* what of them has been noticed */
 
     pthread_mutex_t lock; /* of everything below */
@@ -171,7 +177,8 @@ struct nvme {
     bool master;     /* the guest lets us at its memory */
     bool ending;     /* threads shall end */
     bool flushing;   /* a shutdown waits for the cache to be written */
-    uint32_t busy;   /* commands between fetch and completion, but for those that are held */
+    uint32_t busy;   /* commands between fetch and completion, but for those that wait for something else than us */
+    uint32_t resets; /* how often everything was ended */
     unsigned turn;   /* the queue that was served last */
     sq sqs[QUEUES_MAX + 1];
     cq cqs[QUEUES_MAX + 1];
@@ -222,7 +229,7 @@ static uint32_t dword(const command *cmd, unsigned number) { return (uint32_t)ge
 
 /* ---- doorbell -------------------------------------------------------------------------------------------------------------- */
 
-static void note(nvme *c, enum event type, uint8_t info, uint8_t log_page);
+static void note(nvme *c, unsigned type, uint8_t info, uint8_t log_page);
 
 static void doorbell_error(nvme *c, uint32_t queue, uint8_t info)
 {
@@ -395,7 +402,7 @@ static void execute(lane *l, command *cmd)
         status = cmd->sq->id ? do_io(l, cmd) : do_admin(l, cmd, &result);
     if (status == NEEDS_WORKER)
         give_to_worker(l->c, cmd);
-    else if (status != HELD)
+    else if (status != NOT_OURS)
         finish(l, cmd, status, result);
 }
 
@@ -592,11 +599,14 @@ static bool in_range(const command *cmd, uint64_t lba, uint64_t count)
     return lba <= cmd->blocks && count <= cmd->blocks - lba;
 }
 
+/* Has a write to be on the disk when it is completed? */
+static bool is_durable(const command *cmd) { return cmd->write_through || dword(cmd, 12) >> 30 & 1; }
+
 static int read_write(lane *l, const command *cmd, bool write)
 {
     nvme *c = l->c;
     uint64_t lba = get(cmd->sqe + 40, 8), count = get(cmd->sqe + 48, 2) + UINT64_C(1), len = count << c->block_shift;
-    bool durable = write && (cmd->write_through || dword(cmd, 12) >> 30 & 1);
+    bool durable = write && is_durable(cmd);
     if (len > TRANSFER_MAX)
         return INVALID_FIELD;
     if (!in_range(cmd, lba, count))
@@ -618,48 +628,65 @@ static int read_write(lane *l, const command *cmd, bool write)
 }
 
 /* Makes a part of the file read as zeros, without storage where the file system can do that. */
-static int make_zero(lane *l, uint64_t offset, uint64_t len, bool deallocate)
+static int make_zero(lane *l, const zeros *z)
 {
-    int fd = l->c->image;
-    if (deallocate && fallocate(fd, PUNCH_HOLE | KEEP_SIZE, (off_t)offset, (off_t)len) == 0)
+    int fd = l->c->image, err = 0;
+    if (z->deallocate && fallocate(fd, PUNCH_HOLE | KEEP_SIZE, (off_t)z->offset, (off_t)z->len) == 0)
         return 0;
-    if (fallocate(fd, ZERO_RANGE | KEEP_SIZE, (off_t)offset, (off_t)len) == 0)
+    if (fallocate(fd, ZERO_RANGE | KEEP_SIZE, (off_t)z->offset, (off_t)z->len) == 0)
         return 0;
     if (errno != EOPNOTSUPP && errno != ENOSYS)
         return -errno;
-    int err = 0;
     memset(l->buffer, 0, TRANSFER_MAX);
-    for (uint64_t part; len && !err; offset += part, len -= part) {
-        part = len < TRANSFER_MAX ? len : TRANSFER_MAX;
+    for (uint64_t done = 0, part; done < z->len && !err; done += part) {
+        part = z->len - done < TRANSFER_MAX ? z->len - done : TRANSFER_MAX;
         l->iov[0] = (struct iovec){l->buffer, (size_t)part};
-        err = file_move(l->c, true, l->iov, 1, offset, 0);
+        err = file_move(l->c, true, l->iov, 1, z->offset + done, 0);
     }
     return err;
 }
 
 static int flush(nvme *c) { return fdatasync(c->image) < 0 ? -errno : 0; }
 
+/* Zeroes parts of the file, then flushes it if that is wanted. This can take as long as it likes and touches nothing of the guest,
+ * so a reset doesn't wait for it: then the command is gone when it returns. */
+static int zero_and_flush(lane *l, const zeros *parts, unsigned count, bool flushes)
+{
+    nvme *c = l->c;
+    int err = 0;
+    lock(c);
+    uint32_t resets = c->resets;
+    less_busy(c);
+    unlock(c);
+    for (unsigned i = 0; i < count && !err; i++)
+        err = parts[i].len ? make_zero(l, &parts[i]) : 0;
+    if (!err && flushes)
+        err = flush(c);
+    lock(c);
+    bool gone = c->resets != resets;
+    c->busy += !gone;
+    unlock(c);
+    return gone ? NOT_OURS : file_status(err, true);
+}
+
 static int write_zeroes(lane *l, const command *cmd)
 {
     nvme *c = l->c;
     uint64_t lba = get(cmd->sqe + 40, 8), count = get(cmd->sqe + 48, 2) + UINT64_C(1);
+    zeros part = {lba << c->block_shift, count << c->block_shift, dword(cmd, 12) >> 25 & 1};
     if (!in_range(cmd, lba, count))
         return LBA_OUT_OF_RANGE;
     if (c->read_only)
         return WRITE_PROTECTED;
-    if (!l->is_worker)
-        return NEEDS_WORKER;
-    int err = make_zero(l, lba << c->block_shift, count << c->block_shift, dword(cmd, 12) >> 25 & 1);
-    if (!err && (cmd->write_through || dword(cmd, 12) >> 30 & 1))
-        err = flush(c);
-    return file_status(err, true);
+    return l->is_worker ? zero_and_flush(l, &part, 1, is_durable(cmd)) : NEEDS_WORKER;
 }
 
 static int dataset_management(lane *l, const command *cmd)
 {
     nvme *c = l->c;
+    zeros parts[RANGES_MAX];
     uint32_t count = (dword(cmd, 10) & 0xff) + 1;
-    uint8_t ranges[RANGES_MAX * 16];
+    bool deallocate = dword(cmd, 11) & 4;
     if (c->read_only)
         return WRITE_PROTECTED;
     if (!l->is_worker)
@@ -667,21 +694,12 @@ static int dataset_management(lane *l, const command *cmd)
     int status = walk_prps(l, cmd, count * 16);
     if (!status)
         status = transfer_status(copy_ranges(l, false));
-    if (status)
-        return status;
-    memcpy(ranges, l->buffer, count * 16);
-    for (uint32_t i = 0; i < count; i++)
-        if (!in_range(cmd, get(ranges + i * 16 + 8, 8), get(ranges + i * 16 + 4, 4)))
-            return LBA_OUT_OF_RANGE;
-    int err = 0;
-    for (uint32_t i = 0; i < count && !err && dword(cmd, 11) & 4 /* deallocate */; i++) {
-        uint64_t blocks = get(ranges + i * 16 + 4, 4);
-        if (blocks)
-            err = make_zero(l, get(ranges + i * 16 + 8, 8) << c->block_shift, blocks << c->block_shift, true);
+    for (uint32_t i = 0; i < count && !status; i++) {
+        uint64_t blocks = get(l->buffer + i * 16 + 4, 4), lba = get(l->buffer + i * 16 + 8, 8);
+        parts[i] = (zeros){lba << c->block_shift, blocks << c->block_shift, true};
+        status = in_range(cmd, lba, blocks) ? SUCCESS : LBA_OUT_OF_RANGE;
     }
-    if (!err && cmd->write_through)
-        err = flush(c);
-    return file_status(err, true);
+    return status ? status : zero_and_flush(l, parts, deallocate ? count : 0, cmd->write_through);
 }
 
 static int do_io(lane *l, const command *cmd)
@@ -692,7 +710,7 @@ static int do_io(lane *l, const command *cmd)
     if (dword(cmd, 1) != 1 && !(opcode == FLUSH && dword(cmd, 1) == UINT32_MAX))
         return INVALID_NAMESPACE;
     switch (opcode) {
-    case FLUSH: return l->is_worker ? file_status(flush(l->c), true) : NEEDS_WORKER;
+    case FLUSH: return l->is_worker ? zero_and_flush(l, NULL, 0, true) : NEEDS_WORKER;
     case WRITE_ZEROES: return write_zeroes(l, cmd);
     case DATASET_MANAGEMENT: return dataset_management(l, cmd);
     default: return read_write(l, cmd, opcode == WRITE);
@@ -794,7 +812,7 @@ static int delete_sq(nvme *c, command *cmd)
     if (q->in_flight) {
         q->deleter = cmd;
         c->busy--;
-        return HELD;
+        return NOT_OURS;
     }
     close_sq(q);
     return SUCCESS;
@@ -830,23 +848,23 @@ static void identify_controller(const nvme *c, uint8_t *d)
     put_text(d + 24, 40, "vfu NVMe disk");
     put_text(d + 64, 8, VFU_VERSION);
     d[77] = MDTS;
-    put(d + 78, 2, 1);              /* CNTLID */
-    put(d + 80, 4, 0x10400);        /* VER */
+    put(d + 78, 2, 1);                 /* CNTLID */
+    put(d + 80, 4, 0x10400);           /* VER */
     put(d + 92, 4, NAMESPACE_NOTICES); /* OAES */
-    d[111] = 1;                     /* CNTRLTYPE: I/O */
-    d[258] = 3;                     /* ACL: 4 */
-    d[259] = EVENT_REQUESTS - 1;    /* AERL */
-    d[260] = 3;                     /* FRMW: one slot, read-only */
-    d[262] = ERROR_ENTRIES - 1;     /* ELPE */
-    put(d + 266, 2, 343);           /* WCTEMP and CCTEMP, kelvin: far away */
+    d[111] = 1;                        /* CNTRLTYPE: I/O */
+    d[258] = 3;                        /* ACL: 4 */
+    d[259] = EVENT_REQUESTS - 1;       /* AERL */
+    d[260] = 3;                        /* FRMW: one slot, read-only */
+    d[262] = ERROR_ENTRIES - 1;        /* ELPE */
+    put(d + 266, 2, 343);              /* WCTEMP and CCTEMP, kelvin: far away */
     put(d + 268, 2, 353);
-    d[512] = 0x66;                  /* SQES */
-    d[513] = 0x44;                  /* CQES */
-    put(d + 516, 4, 1);             /* NN */
-    put(d + 520, 2, 0x0c);          /* ONCS: Dataset Management, Write Zeroes */
-    d[525] = !c->read_only;         /* VWC */
+    d[512] = 0x66;          /* SQES */
+    d[513] = 0x44;          /* CQES */
+    put(d + 516, 4, 1);     /* NN */
+    put(d + 520, 2, 0x0c);  /* ONCS: Dataset Management, Write Zeroes */
+    d[525] = !c->read_only; /* VWC */
     snprintf((char *)d + 768, 256, "nqn.2024-01.io.github.vfu:nvme:%016llx", (unsigned long long)c->id); /* SUBNQN */
-    put(d + 2048, 2, 2500);         /* power state 0: MP, in units of 10 mW */
+    put(d + 2048, 2, 2500); /* power state 0: MP, in units of 10 mW */
 }
 
 static void identify_namespace(const nvme *c, const command *cmd, uint8_t *d)
@@ -1040,7 +1058,7 @@ static int event_request(nvme *c, command *cmd)
     c->event_requests[c->event_request_count++] = cmd;
     cmd->sq->cq->reserved--; /* or those who wait for events would fill a small queue */
     c->busy--;
-    return HELD;
+    return NOT_OURS;
 }
 
 static int do_admin(lane *l, command *cmd, uint32_t *result)
@@ -1140,7 +1158,7 @@ static void interrupt(lane *l)
 /* ---- events ---------------------------------------------------------------------------------------------------------------- */
 
 /* Locked. Something that the client wants to know has happened. It is told once, until it has read the log page. */
-static void note(nvme *c, enum event type, uint8_t info, uint8_t log_page)
+static void note(nvme *c, unsigned type, uint8_t info, uint8_t log_page)
 {
     if (c->events[type].masked)
         return;
@@ -1213,7 +1231,8 @@ static void close_queues(nvme *c)
     memset(c->features, 0, sizeof(c->features));
     c->event_request_count = 0;
     c->stopping = false;
-    c->csts &= (uint32_t)~(CSTS_RDY | CSTS_CFS | CSTS_SHST);
+    c->resets++;
+    c->csts &= (uint32_t) ~(CSTS_RDY | CSTS_CFS | CSTS_SHST);
 }
 
 /* Locked. CC.EN was cleared, or the function is reset: no command is begun or completed any more. When the last of those that
@@ -1728,11 +1747,16 @@ static int create_device(nvme *c, int page_fd, bool verbose)
 int main(int argc, char **argv)
 {
     static const struct option options[] = {
-        {"socket-path", required_argument, NULL, 's'}, {"fd", required_argument, NULL, 'f'},
-        {"image", required_argument, NULL, 'i'},       {"size", required_argument, NULL, 'n'},
-        {"block-size", required_argument, NULL, 'b'},  {"read-only", no_argument, NULL, 'r'},
-        {"queues", required_argument, NULL, 'q'},      {"doorbells", required_argument, NULL, 'd'},
-        {"verbose", no_argument, NULL, 'v'},           {"help", no_argument, NULL, 'h'},
+        {"socket-path", required_argument, NULL, 's'},
+        {"fd", required_argument, NULL, 'f'},
+        {"image", required_argument, NULL, 'i'},
+        {"size", required_argument, NULL, 'n'},
+        {"block-size", required_argument, NULL, 'b'},
+        {"read-only", no_argument, NULL, 'r'},
+        {"queues", required_argument, NULL, 'q'},
+        {"doorbells", required_argument, NULL, 'd'},
+        {"verbose", no_argument, NULL, 'v'},
+        {"help", no_argument, NULL, 'h'},
         {0},
     };
     static nvme c = {.queues = 8, .block_shift = 9};
