@@ -168,7 +168,8 @@ struct nvme {
     _Atomic uint32_t rung[DOORBELL_COUNT]; /* what of them has been noticed */
 
     pthread_mutex_t lock; /* of everything below */
-    pthread_cond_t work;  /* for workers and the poller */
+    pthread_cond_t work;  /* for workers */
+    pthread_cond_t start; /* for the poller */
     pthread_cond_t rest;  /* nothing is busy */
     uint32_t cc, csts, aqa;
     uint64_t asq, acq;
@@ -205,7 +206,14 @@ static int walk_prps(lane *l, const command *cmd, uint32_t len);
 static int do_io(lane *l, const command *cmd);
 static int do_admin(lane *l, command *cmd, uint32_t *result);
 static void finish(lane *l, command *cmd, int status, uint32_t result);
+static void post(lane *l, command *cmd);
 static void interrupt(lane *l);
+
+/* What is beside it. */
+static void note(nvme *c, unsigned type, uint8_t info, uint8_t log_page);
+static void deliver_events(lane *l);
+static void close_sq(sq *q);
+static void close_queues(nvme *c);
 
 static void lock(nvme *c) { pthread_mutex_lock(&c->lock); }
 static void unlock(nvme *c) { pthread_mutex_unlock(&c->lock); }
@@ -228,8 +236,6 @@ static void put(uint8_t *at, unsigned width, uint64_t value)
 static uint32_t dword(const command *cmd, unsigned number) { return (uint32_t)get(cmd->sqe + 4 * number, 4); }
 
 /* ---- doorbell -------------------------------------------------------------------------------------------------------------- */
-
-static void note(nvme *c, unsigned type, uint8_t info, uint8_t log_page);
 
 static void doorbell_error(nvme *c, uint32_t queue, uint8_t info)
 {
@@ -290,10 +296,6 @@ static sq *next_ready(lane *l)
     return NULL;
 }
 
-static void close_queues(nvme *c);
-
-static void close_sq(sq *q);
-
 /* Locked. One command less is busy. The last one ends a reset. */
 static void less_busy(nvme *c)
 {
@@ -325,10 +327,10 @@ static command *retire(nvme *c, command *cmd)
 }
 
 /* Locked. Something went wrong that no status code can tell: only a reset helps. */
-static void fatal(nvme *c, const char *what)
+static void fatal(nvme *c, const char *what, int err)
 {
-    if (c->running)
-        fprintf(stderr, "nvme: controller failure: %s\n", what);
+    if (c->running && err != -ENOTCONN && err != -ECANCELED) /* it isn't the client that ends everything */
+        fprintf(stderr, "nvme: controller failure: %s: %s\n", what, strerror(-err));
     c->running = false;
     c->csts |= CSTS_CFS;
 }
@@ -354,7 +356,7 @@ static command *copy_entry(lane *l, sq *q)
     if (err == -EDEADLK)
         q->by_message = true;
     else if (err)
-        fatal(c, "a submission queue can't be read");
+        fatal(c, "a submission queue can't be read", err);
     else
         q->head = (q->head + 1) % q->entries;
     if (q->by_message) /* one worker wakes the next */
@@ -405,8 +407,6 @@ static void execute(lane *l, command *cmd)
     else if (status != NOT_OURS)
         finish(l, cmd, status, result);
 }
-
-static void deliver_events(lane *l);
 
 /* Does what there is for a lane, up to a limit. True: there may be more. */
 static bool serve(lane *l)
@@ -1087,8 +1087,6 @@ static int do_admin(lane *l, command *cmd, uint32_t *result)
 
 /* ---- completion ------------------------------------------------------------------------------------------------------------ */
 
-static void post(lane *l, command *cmd);
-
 /* Decides what a command's completion entry is (NVMe 4.6), and where it goes. After a reset it goes nowhere. */
 static void finish(lane *l, command *cmd, int status, uint32_t result)
 {
@@ -1132,7 +1130,7 @@ static void post(lane *l, command *cmd)
     int vector = cmd->vector;
     lock(c);
     if (err)
-        fatal(c, "a completion queue can't be written");
+        fatal(c, "a completion queue can't be written", err);
     command *deleter = retire(c, cmd);
     unlock(c);
     if (!err && vector >= 0)
@@ -1214,8 +1212,7 @@ static void start(lane *l)
                 open_sq(c, 0, c->asq, sq_entries, &c->cqs[0]) == 0;
     c->csts = good ? CSTS_RDY : CSTS_CFS;
     c->running = good;
-    if (good)
-        pthread_cond_broadcast(&c->work); /* the poller */
+    pthread_cond_signal(&c->start);
 }
 
 /* Locked. Nothing is busy: everything that a reset ends is over. */
@@ -1485,14 +1482,7 @@ static void *poller(void *arg)
     nvme *c = l->c;
     uint64_t last = 0;
     bool more = false;
-    for (;;) {
-        lock(c);
-        while (!c->ending && !c->running)
-            pthread_cond_wait(&c->work, &c->lock);
-        bool ending = c->ending;
-        unlock(c);
-        if (ending)
-            return NULL;
+    for (bool ending = false; !ending;) {
         uint64_t now = now_us();
         if (find_doorbells(c) || more) {
             last = now;
@@ -1500,8 +1490,14 @@ static void *poller(void *arg)
         } else if (now - last > SPIN_US) {
             struct timespec nap = {.tv_nsec = now - last > IDLE_US ? 1000000 : 50000};
             nanosleep(&nap, NULL);
+            lock(c);
+            while (!c->ending && !c->running)
+                pthread_cond_wait(&c->start, &c->lock);
+            ending = c->ending;
+            unlock(c);
         }
     }
+    return NULL;
 }
 
 static int open_lane(nvme *c, lane *l, bool is_worker, void *(*run)(void *))
@@ -1526,6 +1522,7 @@ static int open_lanes(nvme *c)
 {
     pthread_mutex_init(&c->lock, NULL);
     pthread_cond_init(&c->work, NULL);
+    pthread_cond_init(&c->start, NULL);
     pthread_cond_init(&c->rest, NULL);
     c->jobs_end = &c->jobs;
     int err = open_lane(c, &c->lanes[0], false, NULL);
@@ -1544,6 +1541,7 @@ static void close_lanes(nvme *c)
     c->ending = true;
     stop(c);
     pthread_cond_broadcast(&c->work);
+    pthread_cond_signal(&c->start);
     while (c->busy) {
         unlock(c);
         int err = vfu_dev_run(c->dev);
@@ -1568,6 +1566,9 @@ static int open_image(nvme *c, const char *path, uint64_t size, const char **why
 {
     struct flock whole = {.l_type = c->read_only ? F_RDLCK : F_WRLCK, .l_whence = SEEK_SET};
     struct stat st;
+    *why = "would get a size that is no multiple of the block size";
+    if (size % (UINT64_C(1) << c->block_shift))
+        return -EINVAL;
     *why = "can't be opened";
     c->image = open(path, (c->read_only ? O_RDONLY : O_RDWR) | (size ? O_CREAT : 0) | O_CLOEXEC, 0644);
     if (c->image < 0 || fstat(c->image, &st) < 0)
@@ -1796,23 +1797,23 @@ int main(int argc, char **argv)
         fprintf(stderr, "%s: %s %s: %s\n", argv[0], image, why, strerror(-err));
         return 1;
     }
-    if (mapped && (page_fd = make_page(&c)) < 0)
-        err = page_fd;
-    if (!err)
-        err = create_device(&c, page_fd, verbose);
-    if (!err)
+    if (mapped)
+        page_fd = make_page(&c);
+    err = mapped && page_fd < 0 ? page_fd : create_device(&c, page_fd, verbose);
+    if (!err) {
+        the_device = c.dev;
         err = open_lanes(&c);
-    the_device = c.dev;
-    if (!err)
-        catch_signals(); /* before anybody can see the socket file */
-    if (!err)
-        err = path ? vfu_dev_listen(c.dev, path) : vfu_dev_attach(c.dev, fd);
-    if (!err)
-        err = serve_clients(&c);
+        if (!err)
+            catch_signals(); /* before anybody can see the socket file */
+        if (!err)
+            err = path ? vfu_dev_listen(c.dev, path) : vfu_dev_attach(c.dev, fd);
+        if (!err)
+            err = serve_clients(&c);
+        close_lanes(&c);
+        vfu_dev_destroy(c.dev);
+    }
     if (err)
         fprintf(stderr, "%s: %s: %s\n", argv[0], path ? path : "--fd", strerror(-err));
-    close_lanes(&c);
-    vfu_dev_destroy(c.dev);
     close(c.image);
     return err ? 1 : 0;
 }

@@ -461,7 +461,8 @@ END_TEST
 START_TEST(shutdown_notification)
 {
     host h;
-    setup(&h);
+    setup_with(&h, PINNED, _i ? "--doorbells=mapped" : NULL, NULL);
+    check_usable(&h);
     for (uint32_t how = 1; how <= 2; how++) { /* normal, abrupt */
         ck_assert_uint_eq(get32(&h, CSTS) & SHST, 0);
         set32(&h, CC, ENABLE | how << 14);
@@ -1646,11 +1647,14 @@ START_TEST(images)
     snprintf(image, sizeof(image), "--image=%s", path);
     for (unsigned i = 0; i < COUNT(cases); i++) {
         const char *options[] = {image, cases[i].options[0], cases[i].options[1], NULL};
+        struct stat st;
         unlink(path);
         if (cases[i].size >= 0)
             make_image(path, cases[i].size);
         ck_assert_int_eq(run_program(options, text, sizeof(text)), 1);
         ck_assert_msg(strstr(text, path) && strstr(text, cases[i].said), "case %u: %s", i, text);
+        ck_assert_int_eq(stat(path, &st), cases[i].size < 0 ? -1 : 0); /* what is refused leaves nothing behind */
+        ck_assert(cases[i].size < 0 || st.st_size == cases[i].size);
     }
     const char *directory[] = {"--image=/tmp", "--read-only", NULL};
     ck_assert_int_eq(run_program(directory, text, sizeof(text)), 1);
@@ -1764,7 +1768,7 @@ int main(void)
     tcase_add_test(controller, registers);
     tcase_add_test(controller, enable_with_nonsense);
     tcase_add_test(controller, queue_memory_taken_away);
-    tcase_add_test(controller, shutdown_notification);
+    tcase_add_loop_test(controller, shutdown_notification, 0, 2);
     tcase_add_loop_test(controller, identify_data, 0, 2);
     tcase_add_test(controller, features);
     tcase_add_test(controller, logs);
