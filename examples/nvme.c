@@ -7,10 +7,11 @@
  *
  * It shows a device with threads of its own that works on queues in its client's memory: everything that the guest can change is
  * copied once and checked, data moves between the file and pinned memory without a copy, and a guest may unmap, reset or leave at
- * any moment. "NVMe" in a comment is the NVM Express base specification 1.4.
+ * any moment. The disk has one namespace, with blocks of 512 or 4096 bytes. "NVMe" in a comment is the NVM Express base
+ * specification 1.4.
  *
  * A command travels through this file from top to bottom: doorbell, fetch, dispatch, data pointer, I/O or admin command,
- * completion, interrupt. Below that is what happens around commands: events, registers, PCI, threads, the program.
+ * completion, interrupt. Below that is what happens around commands: events, registers, PCI, threads, the image, the program.
  *
  *     thread    serves                                                              and never waits for
  *     socket    the client; queues whose doorbell it rings                          the disk; an answer to a DMA message
@@ -20,7 +21,11 @@
  *               in a page that both share
  *
  * Each has a `lane`: a reader of the IOMMU, and room for one transfer. A small read that is in the page cache is done by the thread
- * that has got the doorbell, so that no other has to be woken for it.
+ * that has got the doorbell, so that no other has to be woken for it; everything else goes to the workers.
+ *
+ * A write is completed when the page cache has it, which survives this process, and Flush is fdatasync(): a write cache in the
+ * sense of NVMe. What was completed is not lost when the guest resets the controller or leaves, since that ends commands, but
+ * touches nothing that they have done.
  *
  * One lock guards the controller's state. It is held for a few instructions at a time and never during an access to the guest's
  * memory or to the file. Functions that say "locked" are called with it.
@@ -36,7 +41,7 @@
 
 enum { PAGE = 4096, QUEUES_MAX = 64, ENTRIES_MAX = 1024, SQE_SIZE = 64, CQE_SIZE = 16, EVENT_REQUESTS = 4, ERROR_ENTRIES = 4 };
 enum { MDTS = 8, TRANSFER_MAX = PAGE << MDTS, PAGES_MAX = TRANSFER_MAX / PAGE + 1, RANGES_MAX = 256 };
-enum { WORKERS = 4, INLINE_MAX = 64 << 10 /* bytes */, SERVE_MAX = 256, BATCH = 16 /* commands */ };
+enum { WORKERS = 4, INLINE_MAX = 64 << 10 /* bytes */, SERVE_MAX = 64, BATCH = 16 /* commands */ };
 enum { BAR_REGISTERS = 0, BAR_MSIX = 4, DOORBELLS = 0x1000, BAR_SIZE = 0x4000, DOORBELL_COUNT = 2 * (QUEUES_MAX + 1) };
 
 /* Flags of preadv2(), pwritev2() and fallocate(), which not every C library names. */
@@ -1525,11 +1530,18 @@ static int open_lanes(nvme *c)
     pthread_cond_init(&c->start, NULL);
     pthread_cond_init(&c->rest, NULL);
     c->jobs_end = &c->jobs;
+    sigset_t ours, before; /* signals are the main thread's: they cut no system call of the others short */
+    sigemptyset(&ours);
+    sigaddset(&ours, SIGTERM);
+    sigaddset(&ours, SIGINT);
+    sigaddset(&ours, SIGHUP);
+    pthread_sigmask(SIG_BLOCK, &ours, &before);
     int err = open_lane(c, &c->lanes[0], false, NULL);
     for (unsigned i = 1; i <= WORKERS && !err; i++)
         err = open_lane(c, &c->lanes[i], true, worker);
     if (!err && c->page)
         err = open_lane(c, &c->lanes[1 + WORKERS], false, poller);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
     return err;
 }
 
