@@ -1301,6 +1301,10 @@ VFU_API int vfu_dev_create(vfu_dev **out, const vfu_dev_desc *desc);
 /* Ends it: the client is dropped, a socket file that listen made is removed. NULL is fine. */
 VFU_API void vfu_dev_destroy(vfu_dev *dev);
 
+/* Drops the client, if there is one, as if it had left. Not from a callback. For a device with threads, which have to be at rest
+ * before it is destroyed: when this returns, none waits for the answer to a message. */
+VFU_API void vfu_dev_disconnect(vfu_dev *dev);
+
 /* Where clients come from: a path to make, or a socket that listens or is connected already, which is taken, also on failure.
  * 0, -EBUSY: there is one already, or what vfu_sock_listen says; -ENOTSOCK. */
 VFU_API int vfu_dev_listen(vfu_dev *dev, const char *path);
@@ -7389,6 +7393,8 @@ VFU_API int vfu_dev_create(vfu_dev **out, const vfu_dev_desc *desc)
     *out = dev;
     return 0;
 }
+
+VFU_API void vfu_dev_disconnect(vfu_dev *dev) { vfux_dev_drop_client(dev); }
 
 VFU_API void vfu_dev_destroy(vfu_dev *dev)
 {

@@ -2239,14 +2239,16 @@ START_TEST(second_client_waits)
 }
 END_TEST
 
-/* What a client leaves behind: nothing. Its device keeps its own state. */
+/* What a client leaves behind, or is dropped from: nothing. Its device keeps its own state. */
 START_TEST(disconnection_drops_everything)
 {
     vfu_dev_desc desc = rig_desc(&R);
     uint8_t data[4] = {1, 2, 3, 4};
     serve_at_address(&desc);
     unsigned open = fds_open();
-    for (unsigned round = 0; round < 3; round++) {
+    vfu_dev_disconnect(R.dev); /* nobody */
+    ck_assert_uint_eq(R.disconnects, 0);
+    for (unsigned round = 0; round < 5; round++) {
         int file = memfd("left-behind", 4 * PAGE, round & 1 ? F_SEAL_SHRINK : 0), events[RIG_VECTORS + 2];
         for (unsigned i = 0; i < COUNT(events); i++)
             events[i] = event();
@@ -2263,6 +2265,12 @@ START_TEST(disconnection_drops_everything)
         ck_assert_int_eq(write_config(&R, 0x3c, 9, 1), 0);
         vfu_dev_set_intx(R.dev, true);
         ck_assert_uint_gt(vmas_of("left-behind"), 0);
+        if (round >= 3) {
+            vfu_dev_disconnect(R.dev);
+            ck_assert_uint_eq(R.disconnects, round + 1);
+            ck_assert_uint_eq(mappings(R.dev), 0);
+            check_closed(&R);
+        }
         rig_leave(&R);
         close(file);
         close_fds(events, COUNT(events));
