@@ -309,8 +309,6 @@ static void less_busy(nvme *c)
     pthread_cond_broadcast(&c->rest);
     if (c->stopping)
         close_queues(c);
-    if (c->ending)
-        vfu_dev_stop(c->dev);
 }
 
 /* Locked. The command may be used again; its slot in the completion queue is used, or was given back. If that was the last of a
@@ -1545,22 +1543,14 @@ static int open_lanes(nvme *c)
     return err;
 }
 
-/* Ends the threads. One may be waiting for the answer to a message: until it has it, or the time for it is over, the client is
- * served. */
+/* Ends the threads. */
 static void close_lanes(nvme *c)
 {
+    vfu_dev_disconnect(c->dev); /* and so everything that they still do */
     lock(c);
     c->ending = true;
-    stop(c);
     pthread_cond_broadcast(&c->work);
     pthread_cond_signal(&c->start);
-    while (c->busy) {
-        unlock(c);
-        int err = vfu_dev_run(c->dev);
-        lock(c);
-        if (err)
-            break;
-    }
     unlock(c);
     for (unsigned i = 1; i <= c->threads; i++)
         pthread_join(c->lanes[i].thread, NULL);

@@ -322,10 +322,12 @@ static void disconnect_disk(host *h)
     h->page = NULL;
 }
 
+/* The program may have ended already; its pid is 0 then. */
 static void teardown(host *h)
 {
     disconnect_disk(h);
-    stop_engine(&h->disk);
+    if (h->disk.pid)
+        stop_engine(&h->disk);
     close_fds(h->events, QUEUES + 1);
     munmap(h->memory, MEMORY);
     if (h->memory_fd >= 0)
@@ -1549,7 +1551,7 @@ START_TEST(killed)
 }
 END_TEST
 
-/* The end of the program with commands under way, also while a thread waits for an answer that doesn't come. */
+/* The end of the program with commands under way, also while threads wait for answers that don't come. */
 START_TEST(terminated_in_mid_flight)
 {
     for (unsigned i = 0; i < 10; i++) {
@@ -1561,6 +1563,10 @@ START_TEST(terminated_in_mid_flight)
             enqueue(&h, 1, transfer(&h, WRITE, 0, 2048, IOVA + DATA, MIB, IOVA + LISTS));
         ring_sq(&h, 1);
         must(vfu_client_serve(h.client, -1, (int)i));
+        uint64_t began = now_ms();
+        stop_engine(&h.disk);
+        ck_assert_uint_lt(now_ms() - began, 5000);
+        h.disk.pid = 0;
         teardown(&h);
     }
 }
