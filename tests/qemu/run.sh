@@ -33,25 +33,25 @@ vtd='intel-iommu,caching-mode=on,intremap=on'
 on='intel_iommu=on'
 amd='amd-iommu,dma-remap=on,intremap=on'
 guests="
-plain          | plain         | restart all  | memfd,share=on |           | cloud-amd64 |                  |
-plain-messages | plain         | kill all     | ram            |           | cloud-amd64 |                  |
-intel-iommu    | vfio          | kill all all | memfd,share=on |           | cloud-amd64 | $vtd             | $on iommu.strict=1
-intel-restart  | vfio          | restart all  | memfd,share=on | --verbose | cloud-amd64 | $vtd             | $on iommu.strict=1
-intel-lazy     | vfio          | all          | memfd,share=on |           | cloud-amd64 | $vtd             | $on iommu.strict=0
-intel-messages | vfio-messages | kill all     | ram            |           | cloud-amd64 | $vtd             | $on iommu.strict=1
-intel-no-mmap  | vfio-messages | all          | memfd,share=on | --no-mmap | cloud-amd64 | $vtd             | $on iommu.strict=1
-virtio-iommu   | vfio          | restart all  | memfd,share=on | --verbose | cloud-amd64 | virtio-iommu-pci | iommu.strict=1
-amd-iommu      | vfio          | restart all  | memfd,share=on |           | amd64       | $amd             | iommu.strict=1
-serial         | serial        | all          | memfd,share=on |           | cloud-amd64 |                  |
-nvme           | nvme          | crash all    | memfd,share=on |           | cloud-amd64 |                  |
-nvme-messages  | nvme          | kill all     | ram            |           | cloud-amd64 |                  |
-nvme-intel     | nvme          | restart all  | memfd,share=on |           | cloud-amd64 | $vtd             | $on iommu.strict=1
-nvme-lazy      | nvme          | all          | memfd,share=on |           | cloud-amd64 | $vtd             | $on iommu.strict=0
-nvme-virtio    | nvme          | crash all    | memfd,share=on |           | cloud-amd64 | virtio-iommu-pci | iommu.strict=1
+plain          | plain         | restart all  | memfd,share=on |                    | cloud-amd64 |                  |
+plain-messages | plain         | kill all     | ram            |                    | cloud-amd64 |                  |
+intel-iommu    | vfio          | kill all all | memfd,share=on |                    | cloud-amd64 | $vtd             | $on iommu.strict=1
+intel-restart  | vfio          | restart all  | memfd,share=on | --verbose          | cloud-amd64 | $vtd             | $on iommu.strict=1
+intel-lazy     | vfio          | all          | memfd,share=on |                    | cloud-amd64 | $vtd             | $on iommu.strict=0
+intel-messages | vfio-messages | kill all     | ram            |                    | cloud-amd64 | $vtd             | $on iommu.strict=1
+intel-no-mmap  | vfio-messages | all          | memfd,share=on | --no-mmap          | cloud-amd64 | $vtd             | $on iommu.strict=1
+virtio-iommu   | vfio          | restart all  | memfd,share=on | --verbose          | cloud-amd64 | virtio-iommu-pci | iommu.strict=1
+amd-iommu      | vfio          | restart all  | memfd,share=on |                    | amd64       | $amd             | iommu.strict=1
+serial         | serial        | all          | memfd,share=on |                    | cloud-amd64 |                  |
+nvme           | nvme          | crash all    | memfd,share=on |                    | cloud-amd64 |                  |
+nvme-messages  | nvme          | kill all     | ram            |                    | cloud-amd64 |                  |
+nvme-intel     | nvme          | restart all  | memfd,share=on |                    | cloud-amd64 | $vtd             | $on iommu.strict=1
+nvme-lazy      | nvme          | all          | memfd,share=on | --doorbells=mapped | cloud-amd64 | $vtd             | $on iommu.strict=0
+nvme-virtio    | nvme          | crash all    | memfd,share=on | --block-size=4096  | cloud-amd64 | virtio-iommu-pci | iommu.strict=1
 "
 long_guests='nvme nvme-intel'
 default_guests=$(awk -F'|' 'NF > 1 { gsub(/ /, "", $1); printf "%s ", $1 }' <<<"$guests")
-guest_seconds=120
+guest_seconds=180
 # What the guests with a disk have for mixed I/O.
 mixed_seconds=4
 disk_size=272M
