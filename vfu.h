@@ -4104,6 +4104,7 @@ static int64_t vfux_socket_send(void *ctx, const vfu_slice *slices, unsigned cou
     } control;
     struct iovec iov[2];
     struct msghdr msg = {.msg_iov = iov};
+    ssize_t n;
     for (unsigned i = 0; i < count && i < 2; i++) {
         memcpy(&iov[i].iov_base, &slices[i].data, sizeof(void *)); /* sendmsg() doesn't write, but its type says otherwise */
         iov[i].iov_len = slices[i].len;
@@ -4119,9 +4120,9 @@ static int64_t vfux_socket_send(void *ctx, const vfu_slice *slices, unsigned cou
         c->cmsg_len = (socklen_t)CMSG_LEN(sizeof(int) * fd_count);
         memcpy(CMSG_DATA(c), fds, sizeof(int) * fd_count);
     }
-    ssize_t n;
     do
-        n = sendmsg((int)(intptr_t)ctx, &msg, MSG_DONTWAIT | MSG_NOSIGNAL);
+        n = count == 1 && !fd_count ? send((int)(intptr_t)ctx, slices[0].data, slices[0].len, MSG_DONTWAIT | MSG_NOSIGNAL)
+                                    : sendmsg((int)(intptr_t)ctx, &msg, MSG_DONTWAIT | MSG_NOSIGNAL);
     while (n < 0 && errno == EINTR);
     if (n < 0)
         return errno == EWOULDBLOCK ? -EAGAIN : -errno;
@@ -5966,13 +5967,15 @@ static int vfux_reply_send(vfu_dev *dev, const vfu_msg *msg, const int *fds, uns
     if (head_len < 0)
         return head_len;
     size_t len = dev->reply_len + (size_t)head_len;
-    if (dev->hold && !fd_count && data_len <= sizeof(dev->replies) - len) {
-        if (data_len)
-            memcpy(dev->replies + len, data, data_len);
-        dev->reply_len = len + data_len;
-        return 0;
+    if (data_len && data_len <= sizeof(dev->replies) - len) {
+        memcpy(dev->replies + len, data, data_len);
+        len += data_len;
+        data_len = 0;
     }
-    dev->reply_len = 0;
+    bool held = dev->hold && !fd_count && !data_len;
+    dev->reply_len = held ? len : 0;
+    if (held)
+        return 0;
     return vfu_conn_send(dev->conn, dev->replies, len, data, data_len, fds, fd_count);
 }
 
