@@ -866,54 +866,91 @@ static void measure_row(int i)
 
 /* ---- many devices in one thread ------------------------------------------------------------------------------------------ */
 
+/* Devices, or for the floor bare sockets with a buffer for each, and their clients. */
 typedef struct fleet {
     unsigned count;
+    bool bare;
     machine *machines;
-    int *socks; /* to each */
+    int *socks, *peers; /* of the clients; bare: of what answers them */
+    uint8_t (*buffers)[PAGE];
     int epoll;
     uint64_t luck;
 } fleet;
 
-static void fleet_create(fleet *f, unsigned count)
+static void fleet_watch(fleet *f, int fd, unsigned i)
 {
-    *f = (fleet){count, calloc(count, sizeof(machine)), calloc(count, sizeof(int)), epoll_create1(EPOLL_CLOEXEC), 1};
-    if (!f->machines || !f->socks || f->epoll < 0)
+    struct epoll_event e = {.events = EPOLLIN, .data = {.u32 = i}};
+    if (epoll_ctl(f->epoll, EPOLL_CTL_ADD, fd, &e))
+        fail("epoll_ctl");
+}
+
+static void fleet_add_device(fleet *f, unsigned i)
+{
+    vfu_pollfd wanted[VFU_DEV_FDS];
+    vfu_msg version;
+    uint8_t bytes[PAGE];
+    machine_create(&f->machines[i], &(device_how){0}, NULL);
+    if (vfu_dev_attach(f->machines[i].dev, f->peers[i]))
+        fail("vfu_dev_attach");
+    vfu_msg_init(&version, 1, VFU_CMD_VERSION);
+    send_all(f->socks[i], bytes, encode(&version, bytes, sizeof(bytes)));
+    vfu_dev_poll(f->machines[i].dev);
+    if (recv(f->socks[i], bytes, sizeof(bytes), MSG_DONTWAIT) < (ssize_t)VFU_HDR_SIZE)
+        fail("a device of many");
+    check_reply(bytes);
+    for (unsigned k = 0, n = vfu_dev_fds(f->machines[i].dev, wanted); k < n; k++)
+        fleet_watch(f, wanted[k].fd, i);
+}
+
+static void fleet_create(fleet *f, unsigned count, bool bare)
+{
+    *f = (fleet){.count = count, .bare = bare, .epoll = epoll_create1(EPOLL_CLOEXEC)};
+    f->machines = calloc(bare ? 1 : count, sizeof(*f->machines));
+    f->buffers = calloc(bare ? count : 1, sizeof(*f->buffers));
+    f->socks = calloc(count, sizeof(*f->socks));
+    f->peers = calloc(count, sizeof(*f->peers));
+    if (!f->machines || !f->buffers || !f->socks || !f->peers || f->epoll < 0)
         fail("memory");
     for (unsigned i = 0; i < count; i++) {
-        vfu_pollfd wanted[VFU_DEV_FDS];
-        vfu_msg version;
-        uint8_t bytes[PAGE];
         int pair[2];
-        machine_create(&f->machines[i], &(device_how){0}, NULL);
-        if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) || vfu_dev_attach(f->machines[i].dev, pair[0]))
-            fail("vfu_dev_attach");
+        if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair))
+            fail("socketpair");
         f->socks[i] = pair[1];
-        vfu_msg_init(&version, 1, VFU_CMD_VERSION);
-        send_all(pair[1], bytes, encode(&version, bytes, sizeof(bytes)));
-        vfu_dev_poll(f->machines[i].dev);
-        if (recv(pair[1], bytes, sizeof(bytes), MSG_DONTWAIT) < (ssize_t)VFU_HDR_SIZE)
-            fail("a device of many");
-        check_reply(bytes);
-        for (unsigned k = 0, n = vfu_dev_fds(f->machines[i].dev, wanted); k < n; k++) {
-            struct epoll_event e = {.events = EPOLLIN, .data = {.u32 = i}};
-            if (epoll_ctl(f->epoll, EPOLL_CTL_ADD, wanted[k].fd, &e))
-                fail("epoll_ctl");
-        }
+        f->peers[i] = pair[0];
+        if (bare)
+            fleet_watch(f, pair[0], i);
+        else
+            fleet_add_device(f, i);
     }
 }
 
 static void fleet_destroy(fleet *f)
 {
     for (unsigned i = 0; i < f->count; i++) {
-        vfu_dev_destroy(f->machines[i].dev);
+        if (f->bare)
+            close(f->peers[i]);
+        else
+            vfu_dev_destroy(f->machines[i].dev);
         close(f->socks[i]);
     }
     free(f->machines);
+    free(f->buffers);
     free(f->socks);
+    free(f->peers);
     close(f->epoll);
 }
 
-/* So many region reads, each of a client drawn at random, and the loop of the devices, all in this thread. ns for each. */
+/* Answers the request of client i. */
+static bool fleet_answer(fleet *f, unsigned i)
+{
+    if (!f->bare)
+        return vfu_dev_poll(f->machines[i].dev) == 0;
+    struct iovec iov = {f->buffers[i], PAGE};
+    struct msghdr msg = {.msg_iov = &iov, .msg_iovlen = 1};
+    return recvmsg(f->peers[i], &msg, MSG_DONTWAIT) == HEAD && send(f->peers[i], f->buffers[i], HEAD + 4, 0) == HEAD + 4;
+}
+
+/* So many region reads, each of a client drawn at random, and the loop that answers them, all in this thread. ns for each. */
 static double fleet_run(fleet *f, unsigned count)
 {
     uint8_t bytes[64];
@@ -925,41 +962,46 @@ static double fleet_run(fleet *f, unsigned count)
         f->luck = f->luck * UINT64_C(6364136223846793005) + 1442695040888963407u;
         unsigned k = (unsigned)((f->luck >> 33) % f->count);
         send_all(f->socks[k], bytes, len);
-        while (recv(f->socks[k], scratch, HEAD + 4, MSG_DONTWAIT) != HEAD + 4)
-            if (epoll_wait(f->epoll, &e, 1, -1) != 1 || vfu_dev_poll(f->machines[e.data.u32].dev))
-                fail("the loop of many devices");
-        check_reply(scratch);
+        if (epoll_wait(f->epoll, &e, 1, -1) != 1 || !fleet_answer(f, e.data.u32) ||
+            recv(f->socks[k], scratch, HEAD + 4, MSG_DONTWAIT) != HEAD + 4)
+            fail("a device of many");
     }
     return (now_ns() - began) / count;
 }
 
+/* Of the floor and of devices: one, and many. */
 static struct {
-    figure ns[2], ratio; /* of one, of many */
-} many;
+    figure ns[2], ratio;
+} many[2];
 
-static void measure_fleet(void)
+static void measure_fleets(void)
 {
     struct rlimit files;
-    fleet fleets[2];
+    fleet fleets[2][2]; /* floor and ours, one and many */
     getrlimit(RLIMIT_NOFILE, &files);
     files.rlim_cur = files.rlim_max;
     setrlimit(RLIMIT_NOFILE, &files);
-    fleet_create(&fleets[0], 1);
-    fleet_create(&fleets[1], FLEET);
-    for (int which = 0; which < 2; which++)
-        fleet_run(&fleets[which], 2 * FLEET);
-    for (int i = 0; i < rounds; i++) {
-        for (int turn = 0; turn < 2; turn++) {
-            int which = (turn + i) % 2;
-            many.ns[which].round[i] = fleet_run(&fleets[which], 4 * FLEET);
+    for (int which = 0; which < 2; which++) {
+        for (int size = 0; size < 2; size++) {
+            fleet_create(&fleets[which][size], size ? FLEET : 1, which == FLOOR);
+            fleet_run(&fleets[which][size], 2 * FLEET);
         }
-        many.ratio.round[i] = many.ns[1].round[i] / many.ns[0].round[i];
     }
-    settle(&many.ns[0], rounds);
-    settle(&many.ns[1], rounds);
-    settle(&many.ratio, rounds);
-    fleet_destroy(&fleets[0]);
-    fleet_destroy(&fleets[1]);
+    for (int i = 0; i < rounds; i++) {
+        for (int turn = 0; turn < 4; turn++) {
+            int which = (turn + i) % 4 / 2, size = (turn + i) % 2;
+            many[which].ns[size].round[i] = fleet_run(&fleets[which][size], 4 * FLEET);
+        }
+        for (int which = 0; which < 2; which++)
+            many[which].ratio.round[i] = many[which].ns[1].round[i] / many[which].ns[0].round[i];
+    }
+    for (int which = 0; which < 2; which++) {
+        for (int size = 0; size < 2; size++) {
+            settle(&many[which].ns[size], rounds);
+            fleet_destroy(&fleets[which][size]);
+        }
+        settle(&many[which].ratio, rounds);
+    }
 }
 
 /* ---- start, and rest ----------------------------------------------------------------------------------------------------- */
@@ -1110,11 +1152,14 @@ static void print_rows(void)
 static void print_rest(void)
 {
     printf("\n%-31s | one                    | many                   | times one\n", "1,000 devices, one thread");
-    printf("%-31s", "read 4 B, client included");
-    print_figure(&many.ns[0], 0);
-    print_figure(&many.ns[1], 0);
-    print_figure(&many.ratio, 2);
-    printf("\n\n%-31s | bare server            | device                 | more\n", "start, us");
+    for (int which = 0; which < 2; which++) {
+        printf("%-31s", which == FLOOR ? "bare sockets, client included" : "read 4 B, client included");
+        print_figure(&many[which].ns[0], 0);
+        print_figure(&many[which].ns[1], 0);
+        print_figure(&many[which].ratio, 2);
+        putchar('\n');
+    }
+    printf("\n%-31s | bare server            | device                 | more\n", "start, us");
     for (int i = 0; i < rounds; i++) {
         life.ns[0].round[i] /= 1000;
         life.ns[1].round[i] /= 1000;
@@ -1172,7 +1217,7 @@ static void print_targets(void)
             counted_target(text, rows[i].allocations, 0);
     }
     counted_target("raise MSI-X, masks count: locks", rows[RAISE_MASKS].locks + rows[RAISE_MASKED].locks, 0);
-    target("1,000 devices: time of a read, of that with one", many.ratio.median, 1.3, "x");
+    target("1,000 devices: time of a read, of that with one", many[OURS].ratio.median, 1.3, "x");
     target("start: first answered read, later than a bare server's", life.more.median, 1000, "us");
     target("idle: resident memory", life.resident / 1024, 2048, "KiB");
     target("idle: processor time in a second", life.cpu_ns, 0, "ns");
@@ -1202,7 +1247,7 @@ int main(int argc, char **argv)
         if (strstr(rows[i].name, only))
             measure_row(i);
     if (!*only) {
-        measure_fleet();
+        measure_fleets();
         measure_life();
     }
     print_rows();
