@@ -31,9 +31,11 @@
 #include <unistd.h>
 
 /* What a device asks of its surroundings, counted where its client can read it. */
-static struct {
+typedef struct requests {
     unsigned long allocations, locks;
-} * counted;
+} requests;
+
+static requests *counted;
 
 #define pthread_mutex_lock(mutex) (counted->locks++, pthread_mutex_lock(mutex))
 #define VFU_IMPLEMENTATION
@@ -449,8 +451,10 @@ typedef struct row {
 } row;
 enum { FLOOR, OURS };
 
-static tracer probe; /* of the device whose calls are counted */
-static bool probing;
+static tracer probe;  /* of the device whose calls are counted */
+static bool probing;  /* counting is wanted */
+static bool counting; /* and it is the time to */
+static requests before, sum;
 static uint8_t *scratch; /* MIB + HEAD bytes, for what comes and goes */
 static int page_fd;      /* the client's memory, MAPS pages */
 
@@ -471,8 +475,19 @@ static double run_exchanges(side *s, unsigned count)
     return now_ns() - began;
 }
 
-/* From here on the device's system calls count, or don't. */
-static void count_from_here(bool count) { atomic_store(&probe.counting, count && probing); }
+/* From here on what the device does counts, or doesn't. */
+static void count_from_here(bool on)
+{
+    on = on && probing;
+    atomic_store(&probe.counting, on);
+    if (on && !counting)
+        before = *counted;
+    if (counting && !on) {
+        sum.allocations += counted->allocations - before.allocations;
+        sum.locks += counted->locks - before.locks;
+    }
+    counting = on;
+}
 
 /* Maps so many pages, and takes them away again: one of the two is timed and counted. */
 static double run_maps_or_unmaps(side *s, unsigned count, bool maps)
@@ -588,28 +603,35 @@ static double run_client_writes(side *s, unsigned count)
     return now_ns() - began;
 }
 
-/* Counts what the device asks for in so many runs. With a tracer at it the system calls, too: the call with which it waits after a
- * run is counted with the next one, and a machine that stops for a moment makes it wait once more, so the least of some tries is
- * what counts. */
+/* Counts what the device asks for in so many runs. */
+static void count_runs(row *r, unsigned count)
+{
+    side *s = &r->sides[OURS];
+    double operations = (double)count * r->per;
+    sum = (requests){0};
+    probing = true;
+    count_from_here(true);
+    s->run(s, count);
+    count_from_here(false);
+    probing = false;
+    r->allocations = (double)sum.allocations / operations;
+    r->locks = (double)sum.locks / operations;
+}
+
+/* The same with a tracer at it. The call with which it waits after a run is counted with the next one, and a machine that stops for a
+ * moment makes it wait once more: so the least of some tries is what counts. */
 static void count_calls(row *r, unsigned count)
 {
     side *s = &r->sides[OURS];
     double operations = (double)count * r->per;
     s->run(s, count);
-    unsigned long allocations = counted->allocations, locks = counted->locks;
-    s->run(s, count);
-    r->allocations = (double)(counted->allocations - allocations) / operations;
-    r->locks = (double)(counted->locks - locks) / operations;
+    count_runs(r, count);
     r->calls = -1;
     for (int i = 0; i < TRIES && !s->busy; i++) { /* one that is busy polling makes as many as it can */
         if (!trace_start(&probe, s->server.pid))
             return;
         s->run(s, 1);
-        probing = true;
-        count_from_here(true);
-        s->run(s, count);
-        count_from_here(false);
-        probing = false;
+        count_runs(r, count);
         atomic_store(&probe.end, true);
         s->run(s, 1);
         trace_end(&probe);
@@ -1149,9 +1171,11 @@ static void print_rows(void)
     }
 }
 
-static void print_rest(void)
+static const char many_name[] = "1,000 devices, one thread", life_name[] = "start, us";
+
+static void print_fleets(void)
 {
-    printf("\n%-31s | one                    | many                   | times one\n", "1,000 devices, one thread");
+    printf("\n%-31s | one                    | many                   | times one\n", many_name);
     for (int which = 0; which < 2; which++) {
         printf("%-31s", which == FLOOR ? "bare sockets, client included" : "read 4 B, client included");
         print_figure(&many[which].ns[0], 0);
@@ -1159,7 +1183,11 @@ static void print_rest(void)
         print_figure(&many[which].ratio, 2);
         putchar('\n');
     }
-    printf("\n%-31s | bare server            | device                 | more\n", "start, us");
+}
+
+static void print_life(void)
+{
+    printf("\n%-31s | bare server            | device                 | more\n", life_name);
     for (int i = 0; i < rounds; i++) {
         life.ns[0].round[i] /= 1000;
         life.ns[1].round[i] /= 1000;
@@ -1246,15 +1274,17 @@ int main(int argc, char **argv)
     for (int i = 0; i < ROWS; i++)
         if (strstr(rows[i].name, only))
             measure_row(i);
-    if (!*only) {
+    if (strstr(many_name, only))
         measure_fleets();
+    if (strstr(life_name, only))
         measure_life();
-    }
     print_rows();
-    if (!*only) {
-        print_rest();
+    if (strstr(many_name, only))
+        print_fleets();
+    if (strstr(life_name, only))
+        print_life();
+    if (!*only)
         print_targets();
-    }
     printf("\n%.0f s\n", (now_ns() - began) / 1e9);
     return counts_missed;
 }
