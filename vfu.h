@@ -4104,7 +4104,6 @@ static int64_t vfux_socket_send(void *ctx, const vfu_slice *slices, unsigned cou
     } control;
     struct iovec iov[2];
     struct msghdr msg = {.msg_iov = iov};
-    ssize_t n;
     for (unsigned i = 0; i < count && i < 2; i++) {
         memcpy(&iov[i].iov_base, &slices[i].data, sizeof(void *)); /* sendmsg() doesn't write, but its type says otherwise */
         iov[i].iov_len = slices[i].len;
@@ -4120,9 +4119,9 @@ static int64_t vfux_socket_send(void *ctx, const vfu_slice *slices, unsigned cou
         c->cmsg_len = (socklen_t)CMSG_LEN(sizeof(int) * fd_count);
         memcpy(CMSG_DATA(c), fds, sizeof(int) * fd_count);
     }
+    ssize_t n;
     do
-        n = count == 1 && !fd_count ? send((int)(intptr_t)ctx, slices[0].data, slices[0].len, MSG_DONTWAIT | MSG_NOSIGNAL)
-                                    : sendmsg((int)(intptr_t)ctx, &msg, MSG_DONTWAIT | MSG_NOSIGNAL);
+        n = sendmsg((int)(intptr_t)ctx, &msg, MSG_DONTWAIT | MSG_NOSIGNAL);
     while (n < 0 && errno == EINTR);
     if (n < 0)
         return errno == EWOULDBLOCK ? -EAGAIN : -errno;
