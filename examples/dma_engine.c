@@ -15,6 +15,8 @@
 #define VFU_IMPLEMENTATION
 #include "vfu.h"
 
+#include "sandbox.h"
+
 #include <getopt.h>
 #include <sys/syscall.h>
 
@@ -546,11 +548,12 @@ static void print_table(vfu_iommu *iommu)
 static int usage(const char *name)
 {
     fprintf(stderr,
-            "usage: %s (--socket-path=PATH | --fd=N) [--verbose] [--no-mmap]\n"
+            "usage: %s (--socket-path=PATH | --fd=N) [--verbose] [--no-mmap] [--sandbox]\n"
             "  --socket-path=PATH  listen on a UNIX socket\n"
             "  --fd=N              serve a socket that listens or is connected already\n"
             "  --verbose           print a line for each request\n"
             "  --no-mmap           never map the client's memory: all DMA by message\n"
+            "  --sandbox           give up all system calls but those that serving needs\n"
             "example: %s --socket-path=/tmp/engine.sock\n",
             name, name);
     return 2;
@@ -604,15 +607,12 @@ static void catch_signals(void)
 int main(int argc, char **argv)
 {
     static const struct option options[] = {
-        {"socket-path", required_argument, NULL, 's'},
-        {"fd", required_argument, NULL, 'f'},
-        {"verbose", no_argument, NULL, 'v'},
-        {"no-mmap", no_argument, NULL, 'n'},
-        {0},
+        {"socket-path", required_argument, NULL, 's'}, {"fd", required_argument, NULL, 'f'}, {"verbose", no_argument, NULL, 'v'},
+        {"no-mmap", no_argument, NULL, 'n'},           {"sandbox", no_argument, NULL, 'x'},  {0},
     };
     const char *path = NULL;
     int fd = -1, option;
-    bool verbose = false, no_mmap = false;
+    bool verbose = false, no_mmap = false, sandbox = false;
     while ((option = getopt_long(argc, argv, "", options, NULL)) != -1) {
         switch (option) {
         case 's': path = optarg; break;
@@ -623,6 +623,7 @@ int main(int argc, char **argv)
             break;
         case 'v': verbose = true; break;
         case 'n': no_mmap = true; break;
+        case 'x': sandbox = true; break;
         default: return usage(argv[0]);
         }
     }
@@ -683,7 +684,9 @@ int main(int argc, char **argv)
         vfu_dev_destroy(e.dev);
         return 1;
     }
-    err = serve(&e);
+    err = sandbox ? sandbox_enter() : 0;
+    if (!err)
+        err = serve(&e);
     if (err)
         fprintf(stderr, "%s: %s\n", argv[0], strerror(-err));
     vfu_dev_destroy(e.dev);

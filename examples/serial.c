@@ -19,6 +19,8 @@
 #define VFU_IMPLEMENTATION
 #include "vfu.h"
 
+#include "sandbox.h"
+
 #include <getopt.h>
 #include <termios.h>
 
@@ -437,10 +439,11 @@ static bool make_raw(serial *s, struct termios *before)
 static int usage(const char *name, FILE *out)
 {
     fprintf(out,
-            "usage: %s (--socket-path=PATH | --fd=N) [--verbose]\n"
+            "usage: %s (--socket-path=PATH | --fd=N) [--verbose] [--sandbox]\n"
             "  --socket-path=PATH  listen on a UNIX socket\n"
             "  --fd=N              serve a socket that listens or is connected already\n"
             "  --verbose           print a line for each request\n"
+            "  --sandbox           give up all system calls but those that serving needs\n"
             "  --help              print this\n"
             "example: %s --socket-path=/tmp/serial.sock\n",
             name, name);
@@ -459,15 +462,12 @@ static int parse_fd(const char *text)
 int main(int argc, char **argv)
 {
     static const struct option options[] = {
-        {"socket-path", required_argument, NULL, 's'},
-        {"fd", required_argument, NULL, 'f'},
-        {"verbose", no_argument, NULL, 'v'},
-        {"help", no_argument, NULL, 'h'},
-        {0},
+        {"socket-path", required_argument, NULL, 's'}, {"fd", required_argument, NULL, 'f'}, {"verbose", no_argument, NULL, 'v'},
+        {"sandbox", no_argument, NULL, 'x'},           {"help", no_argument, NULL, 'h'},     {0},
     };
     const char *path = NULL;
     int fd = -1, option;
-    bool verbose = false;
+    bool verbose = false, sandbox = false;
     while ((option = getopt_long(argc, argv, "", options, NULL)) != -1) {
         switch (option) {
         case 's': path = optarg; break;
@@ -477,6 +477,7 @@ int main(int argc, char **argv)
                 return usage(argv[0], stderr);
             break;
         case 'v': verbose = true; break;
+        case 'x': sandbox = true; break;
         case 'h': return usage(argv[0], stdout);
         default: return usage(argv[0], stderr);
         }
@@ -517,7 +518,9 @@ int main(int argc, char **argv)
     if (!err) {
         struct termios before;
         bool is_raw = make_raw(&s, &before);
-        err = serve(&s);
+        err = sandbox ? sandbox_enter() : 0;
+        if (!err)
+            err = serve(&s);
         if (is_raw)
             tcsetattr(STDIN_FILENO, TCSANOW, &before);
     }

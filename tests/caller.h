@@ -247,4 +247,30 @@ static inline void stop_engine(child *e)
     close(e->log);
 }
 
+/* The same engine, for a vfu_client. */
+static inline int set_engine(vfu_client *client, uint64_t at, uint64_t value, size_t width)
+{
+    uint8_t bytes[8];
+    for (unsigned i = 0; i < 8; i++)
+        bytes[i] = (uint8_t)(value >> 8 * i);
+    return vfu_client_region_write(client, 0, at, bytes, width);
+}
+
+/* A copy, to its end. 0; -EIO: the engine failed; or the error of a call. */
+static inline int copy_by_engine(vfu_client *client, uint64_t dst, uint64_t src, uint64_t len)
+{
+    enum { SRC = 0x08, DST = 0x10, LEN = 0x18, COMMAND = 0x30, STATUS = 0x34, COPY = 1, DONE = 2 };
+    uint8_t status[4] = {0};
+    int err = set_engine(client, SRC, src, 8);
+    if (!err)
+        err = set_engine(client, DST, dst, 8);
+    if (!err)
+        err = set_engine(client, LEN, len, 8);
+    if (!err)
+        err = set_engine(client, COMMAND, COPY, 4);
+    while (!err && status[0] < DONE)
+        err = vfu_client_region_read(client, 0, STATUS, status, 4);
+    return err ? err : status[0] == DONE ? 0 : -EIO;
+}
+
 #endif /* VFU_TESTS_CALLER_H */

@@ -508,42 +508,7 @@ END_TEST
 
 /* ---- kill -9 ----------------------------------------------------------------------------------------------------------- */
 
-enum {
-    MEMORY = 1 << 20,
-    BY_MESSAGE_AT = 1 << 24,
-    REG_SRC = 0x08,
-    REG_DST = 0x10,
-    REG_LEN = 0x18,
-    REG_NOTIFY = 0x2c,
-    REG_COMMAND = 0x30,
-    REG_STATUS = 0x34,
-    COPY = 1,
-    DONE = 2
-};
-
-static int set_register(vfu_client *client, uint64_t at, uint64_t value, size_t width)
-{
-    uint8_t bytes[8];
-    for (unsigned i = 0; i < 8; i++)
-        bytes[i] = (uint8_t)(value >> 8 * i);
-    return vfu_client_region_write(client, 0, at, bytes, width);
-}
-
-/* A command of the engine, to its end. */
-static int copy(vfu_client *client, uint64_t dst, uint64_t src, uint64_t len)
-{
-    uint8_t status[4] = {0};
-    int err = set_register(client, REG_SRC, src, 8);
-    if (!err)
-        err = set_register(client, REG_DST, dst, 8);
-    if (!err)
-        err = set_register(client, REG_LEN, len, 8);
-    if (!err)
-        err = set_register(client, REG_COMMAND, COPY, 4);
-    while (!err && status[0] < DONE)
-        err = vfu_client_region_read(client, 0, REG_STATUS, status, 4);
-    return err ? err : status[0] == DONE ? 0 : -EIO;
-}
+enum { MEMORY = 1 << 20, BY_MESSAGE_AT = 1 << 24 };
 
 /* Everything that a client does, once. 0, or the error of the connection. */
 static int busy_session(vfu_client *client, uint8_t *memory, int file, const int *events)
@@ -554,11 +519,11 @@ static int busy_session(vfu_client *client, uint8_t *memory, int file, const int
     if (!err)
         err = vfu_client_irq_assign(client, VFU_PCI_IRQ_MSIX, 0, 2, events);
     if (!err)
-        err = set_register(client, REG_NOTIFY, 1, 4);
+        err = set_engine(client, 0x2c /* NOTIFY */, 1, 4);
     if (!err)
-        err = copy(client, MEMORY / 2, 0, 65536);
+        err = copy_by_engine(client, MEMORY / 2, 0, 65536);
     if (!err)
-        err = copy(client, BY_MESSAGE_AT + MEMORY / 2, BY_MESSAGE_AT, 65536);
+        err = copy_by_engine(client, BY_MESSAGE_AT + MEMORY / 2, BY_MESSAGE_AT, 65536);
     if (!err)
         err = vfu_client_dma_unmap(client, BY_MESSAGE_AT, MEMORY);
     if (!err)
