@@ -7,6 +7,7 @@
 #   BUILD                        where everything built goes
 #   ROUNDS                       how often `bench` measures everything
 #   MINUTES                      how long `fuzz` takes
+#   MACHINES                     what `check-portable` runs; nothing: all
 #   PREFIX DESTDIR               where `install` puts the headers
 #   BENCH_NVME                   arguments of tests/qemu/bench_nvme.sh
 
@@ -120,6 +121,17 @@ check-stress: | $(AFTER_DEPS) ## unmap under fire, a million times, beside a con
 check-hostile: $(NORMAL_PROGRAMS) $(ASAN_PROGRAMS) ## hostile peers in full: floods, 10,000 aborts, 1,000 times kill -9 of each side
 	@VFU_SIEGE=1 sh tests/run.sh $(BUILD) test_hostile test_mistakes test_siege
 	@VFU_SIEGE=1 sh tests/run.sh $(BUILD)/asan test_hostile test_mistakes test_siege
+
+# Status 77 says that the compilers can't be had here.
+check-portable: | $(AFTER_DEPS) ## run the tests as programs of MACHINES: i386, s390x, arm64 and armhf
+	@tests/portable.sh '$(BUILD)' $(MACHINES) || test $$? -eq 77
+
+# Without optimisation, so that branches are those of the source; assertions, which no peer can reach, are compiled away.
+coverage: | $(AFTER_DEPS) ## how much of the headers the tests execute; fails when that is too little
+	@rm -rf '$(BUILD)/coverage'
+	@$(MAKE) --no-print-directory BUILD='$(BUILD)/coverage' LDFLAGS=--coverage \
+	    CFLAGS='-O0 -g --coverage -fprofile-update=atomic -D"VFU_ASSERT(condition)=((void)0)"' check-normal
+	@sh tests/coverage.sh '$(BUILD)/coverage'
 
 MINUTES ?= 5
 fuzz: | $(AFTER_DEPS) ## fuzz both endpoints, the JSON parser and the vIOMMU for MINUTES in all (5), with libFuzzer

@@ -640,7 +640,8 @@ VFU_API int vfu_caps_write(const vfu_caps *caps, char *out, size_t cap);
  * 32-bit count, four bytes too early, and pad the message to its proper length. A DMA_READ reply of that kind shows by its
  * count, unless its first four bytes of data are 0; then it can't be told from a reply by the book whose data ends in four
  * bytes of 0. To learn the layout: a reply with at most 4 bytes of data is never ambiguous, and one with 4 that aren't all 0
- * proves it.
+ * proves it. On big-endian machines such a client takes a request by the book for an empty one, which nothing shows: a device
+ * there has to be told the layout.
  */
 typedef enum vfu_dma_layout {
     VFU_DMA_LAYOUT_AUTO = 0,  /* DMA_READ replies that can be read in two ways with different results are refused */

@@ -302,7 +302,7 @@ START_TEST(silence)
 {
     vfu_wire_device_info info = {.argsz = 16};
     for (uint32_t len = 0; len < 16; len += 5) {
-        vfu_client *client = script_open_with("{}", 20);
+        vfu_client *client = script_open_with("{}", 100);
         if (len)
             say_as(script_id, VFU_CMD_DEVICE_GET_INFO, VFU_HDR_REPLY, 0, 32, &info, len, NULL, 0);
         ck_assert_int_eq(vfu_client_info(client, &info), -ETIMEDOUT);

@@ -213,7 +213,7 @@ static const sample samples[] = {
     {VFU_CMD_DEVICE_RESET, CMD, "", "DEVICE_RESET", "", 'n', false, 0},
     {VFU_CMD_DEVICE_RESET, REPLY, "", "DEVICE_RESET", "", 'y', false, 0},
 
-    {VFU_CMD_REGION_WRITE_MULTI, CMD, "8:2 8:0x10 4:0 4:4 8:0x55 8:0x18 4:1 4:8 8:0x66",
+    {VFU_CMD_REGION_WRITE_MULTI, CMD, "8:2 8:0x10 4:0 4:4 4:0x55 4:0 8:0x18 4:1 4:8 8:0x66",
      "REGION_WRITE_MULTI count 2 [ BAR0 + 0x10 count 4 = 0x55 ] [ BAR1 + 0x18 count 8 = 0x66 ]", "", 'n', false, 0},
     {VFU_CMD_REGION_WRITE_MULTI, CMD, "8:0", "REGION_WRITE_MULTI count 0", "", 'n', false, 0},
     {VFU_CMD_REGION_WRITE_MULTI, REPLY, "8:2", "REGION_WRITE_MULTI count 2", "", 'n', false, 0},
@@ -580,6 +580,8 @@ static const struct {
 
 START_TEST(test_codec_dma_layouts)
 {
+    if (*(const uint8_t *)&(const uint16_t){1} == 0)
+        return; /* the table is about two counts that begin at the same byte: little-endian */
     for (size_t i = 0; i < COUNT(layouts); i++) {
         const char *expected[3];
         uint8_t bytes[ROOM];
@@ -656,7 +658,8 @@ START_TEST(test_codec_dma_never_shifted)
         }
     }
     ck_assert_uint_gt(told, refusals);
-    ck_assert_uint_gt(refusals, 0);
+    /* In big-endian order the count of one layout never looks like that of the other. */
+    ck_assert(refusals > 0 || *(const uint8_t *)&(const uint16_t){1} == 0);
 }
 END_TEST
 

@@ -793,7 +793,7 @@ START_TEST(file_is_truncated)
     for (unsigned round = 0; round < 4; round++) {
         dma = (vfu_dma){.iova = 0x100000 + round, .buf = buf, .len = sizeof(buf) - round, .to_client = round & 1};
         ck_assert_int_eq(vfu_dev_dma(R.dev, &dma), -EFAULT);
-        ck_assert_uint_eq(dma.fault, 0x100000 + 5 * PAGE);
+        ck_assert(is_fault(dma.fault, 0x100000 + 5 * PAGE, dma.iova));
     }
     dma = (vfu_dma){.iova = 0x100000, .buf = buf, .len = 5 * PAGE};
     ck_assert_int_eq(vfu_dev_dma(R.dev, &dma), 0);
@@ -1440,7 +1440,8 @@ START_TEST(config_space)
     for (uint32_t width = 1; width <= 4; width *= 2)
         for (uint32_t at = 0; at < 0x200; at += width) {
             uint32_t value = read_config(&R, at, width);
-            ck_assert_mem_eq(&value, all + at, width);
+            for (uint32_t i = 0; i < width; i++)
+                ck_assert_uint_eq(value >> 8 * i & 0xff, all[at + i]);
         }
     ck_assert_uint_eq(read_config(&R, 0, 4), 0xd3a11234);
     ck_assert_int_eq(ask_read(&R, 7, 0, all, 256), 0);
@@ -1515,7 +1516,8 @@ static uint32_t guest_answer(guest *g, const uint8_t *in, uint32_t len, uint8_t 
     uint8_t *mem = g->mem + (access.address - g->base);
     uint64_t needed = header.cmd == VFU_CMD_DMA_WRITE ? data_at + count : 0;
     ck_assert_uint_ge(len, needed);
-    ck_assert_uint_le(len, needed + 4 > 32 ? needed + 4 : 32);
+    /* In the other layout a big-endian client finds a count of 0. */
+    ck_assert_uint_le(len, needed + 4 > 32 ? needed + 4 : count ? 32 : (uint32_t)access.count + 32);
     g->messages++;
     g->largest = count > g->largest ? count : g->largest;
     header.flags = VFU_HDR_REPLY;
@@ -1524,6 +1526,10 @@ static uint32_t guest_answer(guest *g, const uint8_t *in, uint32_t len, uint8_t 
         memcpy(mem, in + data_at, count);
         header.size = 16 + g->ack;
         memcpy(out + 16, in + 16, 16);
+        if (g->ack == 12) { /* with a count of 32 bits */
+            count32 = (uint32_t)count;
+            memcpy(out + 24, &count32, 4);
+        }
     } else {
         g->reads++;
         header.size = 32 + (uint32_t)count;
@@ -1619,6 +1625,8 @@ enum { PATTERNS = 8 };
 START_TEST(dma_layouts)
 {
     bool qemu10 = _i & 1, to_client = _i & 2, then_back = _i & 4;
+    if (qemu10 && !is_little_endian())
+        return; /* a device has to be told of such clients there */
     static const unsigned acks[] = {0, 12, 16};
     vfu_dev_desc desc = rig_desc(&R);
     serve_at_address(&desc);
@@ -1668,6 +1676,8 @@ START_TEST(dma_layout_late)
     guest g = new_guest(qemu10, 0);
     transfer t;
     unsigned count = 0;
+    if (qemu10 && !is_little_endian())
+        return;
     guest_open(NULL);
     fill_pattern(device_buffer, GUEST_SIZE, 1);
     transfer more[3];
@@ -1881,6 +1891,10 @@ START_TEST(dma_wrong_answers)
         wrong.address += (uint64_t)cases[i].address;
         wrong.count += (uint64_t)cases[i].count;
         memcpy(payload, &wrong, sizeof(wrong));
+        if (cases[i].len == 12) { /* the count has 32 bits there */
+            uint32_t count32 = (uint32_t)wrong.count;
+            memcpy(payload + 8, &count32, sizeof(count32));
+        }
         answer_dma((uint16_t)(id + cases[i].id), (uint16_t)(cmd + cases[i].cmd), cases[i].flags, cases[i].error, payload, cases[i].len);
         if (cases[i].closed) {
             check_closed(&R);
@@ -2475,8 +2489,8 @@ START_TEST(client_that_does_not_read)
     rig_open(&R);
     put(request, 0, VFU_CMD_REGION_READ, 0, &access, sizeof(access));
     for (;;) {
-        request[0] = (uint8_t)sent;
-        request[1] = (uint8_t)(sent >> 8);
+        uint16_t id = (uint16_t)sent;
+        memcpy(request, &id, sizeof(id));
         if (send_some(R.client.sock, request, sizeof(request), NULL, 0) != sizeof(request))
             break;
         settle(R.dev);

@@ -356,7 +356,7 @@ static vfux_node *left(vfux_node *n) { return &table->nodes[vfux_get(&n->left)];
 
 static void wrong_height(void) { left(root())->height++; }
 static void wrong_root_height(void) { root()->height--; }
-static void overlap(void) { atomic_store(&left(root())->last, vfux_iova(root())); }
+static void overlap(void) { vfux_address_set(&left(root())->last, vfux_iova(root())); }
 static void swapped(void)
 {
     uint32_t a = vfux_get(&root()->left);
@@ -370,8 +370,8 @@ static void far_link(void) { vfux_set(&left(root())->left, table->fresh + 7); }
 static void wrong_count(void) { table->mappings++; }
 static void wrong_bytes(void) { table->bytes -= 16; }
 static void wrong_maps(void) { table->maps++; }
-static void backwards(void) { atomic_store(&root()->last, vfux_iova(root()) - 1); }
-static void moved(void) { atomic_store(&left(root())->iova, vfux_iova(left(root())) + 1); }
+static void backwards(void) { vfux_address_set(&root()->last, vfux_iova(root()) - 1); }
+static void moved(void) { vfux_address_set(&left(root())->iova, vfux_iova(left(root())) + 1); }
 static void free_in_the_tree(void) { table->free_list = vfux_get(&table->root); }
 static void free_cycle(void) { table->nodes[table->free_list].next = table->free_list; }
 

@@ -288,7 +288,8 @@ START_TEST(write_one_to_clear)
     const word cases[] = {{0x04, 0xf9000000}, {express + 8, 0x000f0000}, {0x104, 0x007ff030}, {0x110, 0x0000f1c1}};
     for (unsigned i = 0; i < COUNT(cases); i++) {
         uint32_t before = get(&pci, cases[i].offset, 4), all = before | cases[i].value, bit = cases[i].value & -cases[i].value;
-        memcpy(&pci.config[cases[i].offset], &all, 4);
+        for (unsigned k = 0; k < 4; k++)
+            pci.config[cases[i].offset + k] = (uint8_t)(all >> 8 * k);
         set(&pci, cases[i].offset, before, 4);
         ck_assert_uint_eq(get(&pci, cases[i].offset, 4), all);
         set(&pci, cases[i].offset, before | bit, 4);

@@ -14,15 +14,11 @@
 #include <stdatomic.h>
 #include <sys/ioctl.h>
 #include <sys/ptrace.h>
-#include <sys/utsname.h>
 #include <time.h>
 
+/* ThreadSanitizer's own thread needs more than a device. */
 #if defined(SANDBOX_ARCH) && !defined(__SANITIZE_THREAD__)
-static bool is_possible(void)
-{
-    struct utsname name; /* an emulator's kernel has no filters, or wrong ones */
-    return !getenv("VFU_EMULATED") && uname(&name) == 0;
-}
+static bool is_possible(void) { return true; }
 #else
 static bool is_possible(void) { return false; }
 #endif

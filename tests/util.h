@@ -34,6 +34,15 @@
 
 enum { PAGE = 4096, PATIENCE_MS = 20000 /* how long a test waits for another thread before it fails */ };
 
+/* For tables of bytes that were written down in this order. */
+static inline bool is_little_endian(void) { return *(const uint8_t *)&(const uint16_t){1} == 1; }
+
+/* Some emulators of a processor don't say at which address memory was gone; then the whole access has failed. */
+static inline bool is_fault(uint64_t got, uint64_t exact, uint64_t start)
+{
+    return got == exact || (getenv("VFU_EMULATED") && got == start);
+}
+
 /* The test fails unless expr is 0 or more. */
 #define must(expr) ck_assert_int_ge((expr), 0)
 
@@ -720,7 +729,8 @@ static inline uint64_t signals(int fd)
     uint64_t count = 0;
     if (poll(&ready, 1, 0) == 1)
         ck_assert_int_eq(read(fd, &count, sizeof(count)), sizeof(count));
-    return count;
+    /* An emulator swaps the bytes of an eventfd's count, but for descriptors that were passed. Nobody counts to 2^56. */
+    return count >> 56 ? count >> 56 : count;
 }
 
 static inline int event(void)

@@ -1,0 +1,151 @@
+#!/bin/sh
+# SPDX-License-Identifier: MIT
+# Usage: portable.sh BUILD-DIRECTORY [MACHINE...]
+# Runs the tests as programs of other machines: i386 by itself; s390x, which is big-endian, arm64 and armhf under qemu-user. Compilers,
+# QEMU and Check are fetched on Debian with the machine's own apt; nothing is installed, everything is unpacked below
+# BUILD-DIRECTORY/portable and stays there.
+#
+#     VFU_PORTABLE_TESTS="test_dev ..."   only these; else all, under QEMU without those that start programs or last long
+#     VFU_PORTABLE_DIR=DIR                where all is unpacked, instead of BUILD-DIRECTORY/portable
+#
+# Exit status: 0 when every test passed, 1 when not, 77 when what is needed can't be had here.
+set -u
+build=$1/portable
+shift
+[ $# -gt 0 ] || set -- i386 s390x arm64 armhf
+mkdir -p "$build"
+build=$(cd "$build" && pwd)
+store=${VFU_PORTABLE_DIR:-$build}
+root=$store/root
+export LC_ALL=C
+
+skip() {
+    echo "check-portable: $*" >&2
+    exit 77
+}
+
+packages() {
+    apt-get -c "$store/apt/apt.conf" -qq "$@"
+}
+
+apt_ready() {
+    [ ! -e "$store/apt/ready" ] || return 0
+    command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null && [ "$(dpkg --print-architecture)" = amd64 ] ||
+        skip "the compilers come from Debian's archive, for a PC with Debian or a relative"
+    mkdir -p "$store/apt/state/lists/partial" "$store/apt/cache/archives/partial"
+    : >"$store/apt/status"
+    cat >"$store/apt/apt.conf" <<END
+Dir::State "$store/apt/state";
+Dir::State::status "$store/apt/status";
+Dir::Cache "$store/apt/cache";
+APT::Architecture "amd64";
+APT::Architectures { "amd64"; "i386"; "s390x"; "arm64"; "armhf"; };
+APT::Install-Recommends "false";
+APT::Sandbox::User "";
+Acquire::Languages "none";
+Acquire::Retries "3";
+END
+    echo "# reading the package lists"
+    # Not every archive has every machine: what is missing shows when it is fetched.
+    packages update >/dev/null 2>&1 || :
+    touch "$store/apt/ready"
+}
+
+# fetch DIRECTORY PACKAGE...: unpacks packages and all that they need.
+fetch() {
+    directory=$1
+    shift
+    [ ! -d "$directory" ] || return 0
+    apt_ready
+    echo "# fetching $*"
+    packages clean
+    packages -y --download-only install "$@" >/dev/null || skip "$* can't be fetched"
+    rm -rf "$directory.new"
+    mkdir -p "$directory.new"
+    for package in "$store"/apt/cache/archives/*.deb; do
+        dpkg-deb -x "$package" "$directory.new" || skip "$package can't be unpacked"
+    done
+    packages clean
+    mv "$directory.new" "$directory"
+}
+
+# fetch_check MACHINE: Check for that machine, without what it needs to run: programs are linked statically.
+fetch_check() {
+    [ ! -d "$store/check-$1" ] || return 0
+    apt_ready
+    rm -rf "$store/check.new"
+    mkdir -p "$store/check.new"
+    (cd "$store/check.new" && packages download "check:$1" "libsubunit-dev:$1" >/dev/null 2>&1 &&
+        for package in *.deb; do dpkg-deb -x "$package" . && rm "$package" || exit 1; done) || skip "Check can't be fetched for $1"
+    mv "$store/check.new" "$store/check-$1"
+}
+
+# set_machine MACHINE: how to compile for it and how to run that.
+set_machine() {
+    lib=
+    static=-static
+    case $1 in
+    i386) triple=i386-linux-gnu && cc='gcc -m32' && run= && static= ;;
+    s390x) triple=s390x-linux-gnu && run=qemu-s390x-static ;;
+    arm64) triple=aarch64-linux-gnu && run=qemu-aarch64-static ;;
+    armhf) triple=arm-linux-gnueabihf && run=qemu-arm-static ;;
+    *) echo "portable.sh: no such machine: $1" >&2 && exit 2 ;;
+    esac
+    fetch_check "$1"
+    if [ -n "$run" ]; then
+        fetch "$store/cc-$1" "gcc-$triple" "libc6-dev-$1-cross"
+        fetch "$store/qemu" qemu-user-static
+        cc=$store/cc-$1/usr/bin/$triple-gcc
+        lib=$store/cc-$1/usr/lib/x86_64-linux-gnu
+        run=$store/qemu/usr/bin/$run
+    fi
+}
+
+# The compiler finds the libraries of its own tree; the program doesn't need them.
+compile() {
+    # shellcheck disable=SC2086 # words on purpose
+    LD_LIBRARY_PATH=$lib $cc -std=c11 -O1 -g -Wall -Wextra ${WERROR:-} -I. -pthread $static ${CPPFLAGS:-} "$@"
+}
+
+# A program of another machine, as one that can be executed here.
+wrap() {
+    printf '#!/bin/sh\nexec %s %s "$@"\n' "$run" "$2" >"$1"
+    chmod +x "$1"
+}
+
+# Emulated programs are slow, and a kernel that is emulated has no filters.
+export CK_TIMEOUT_MULTIPLIER=${CK_TIMEOUT_MULTIPLIER:-10}
+programs='test_engine|test_lspci|test_migration|test_nvme.*|test_sandbox|test_serial|test_siege|test_tools'
+passed=0
+failed=0
+for machine in "$@"; do
+    set_machine "$machine"
+    to=$build/$machine
+    mkdir -p "$to/bin" "$to/tests" "$to/examples"
+    all=$(cd tests && printf '%s\n' test_*.c | sed 's/\.c$//')
+    [ -z "$run" ] || all=$(printf '%s\n' "$all" | grep -vxE "$programs")
+    tests=${VFU_PORTABLE_TESTS:-$all}
+    check=$store/check-$machine/usr
+    for source in examples/*.c; do
+        [ -z "$run" ] || break
+        compile "$source" -o "$to/examples/$(basename "$source" .c)" || exit 1
+    done
+    compile -c tests/impl.c -o "$to/bin/impl.o" || exit 1
+    for test in $tests; do
+        impl=$to/bin/impl.o
+        ! grep -qE '^ *# *define +VFU_(IOMMU_)?IMPLEMENTATION' "tests/$test.c" || impl=
+        compile -I"$check/include" "tests/$test.c" $impl -o "$to/bin/$test" "$check/lib/$triple/libcheck.a" \
+            "$check/lib/$triple/libsubunit.a" -lrt -lm || exit 1
+        wrap "$to/tests/$test" "$to/bin/$test"
+    done
+    echo "# $machine"
+    unset VFU_EMULATED
+    [ -z "$run" ] || export VFU_EMULATED=1
+    # shellcheck disable=SC2086
+    sh tests/run.sh "$to" $tests >"$to/log"
+    cat "$to/log"
+    passed=$((passed + $(tail -n 1 "$to/log" | cut -d' ' -f1)))
+    failed=$((failed + $(tail -n 1 "$to/log" | cut -d' ' -f3)))
+done
+echo "all machines: $passed passed, $failed failed"
+[ "$failed" -eq 0 ]
