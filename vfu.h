@@ -8543,6 +8543,7 @@ VFU_API int vfu_client_irq_info(vfu_client *client, uint32_t index, vfu_wire_irq
     vfu_msg_init(&msg, 0, VFU_CMD_DEVICE_GET_IRQ_INFO);
     msg.u.irq_info.argsz = sizeof(vfu_wire_irq_info);
     msg.u.irq_info.index = index;
+    *out = (vfu_wire_irq_info){0};
     int err = vfux_client_ask(client, &msg);
     if (!err)
         *out = (vfu_wire_irq_info){
