@@ -1569,10 +1569,10 @@ VFU_API int vfu_client_io_fds(vfu_client *client, uint32_t region, vfu_client_io
 
 /*
  * Chooses how a region is accessed from now on, where the device allows it. `how`:
- *     BY_MEMORY   its areas are mapped, and accesses inside them are loads and stores, naturally aligned, of 1, 2, 4 or 8 bytes:
- *                 the widest that fit, in ascending order. Each is behind all that this thread did before, and before all that
- *                 it does afterwards. Areas that aren't made of whole pages stay messages, as do those beyond the first 1024.
- *                 Memory that the server takes away is -EFAULT
+ *     BY_MEMORY   its areas are mapped, and accesses inside them are loads and stores, naturally aligned, of 1, 2, 4 or (on
+ *                 64-bit machines) 8 bytes: the widest that fit, each word once. An access is behind all that this thread did
+ *                 before, and before all that it does afterwards. Areas that aren't made of whole pages stay messages, as do
+ *                 those beyond the first 1024. Memory that the server takes away is -EFAULT
  *     BY_EVENTFD  a write that hits an ioeventfd (offset, width, datamatch) signals it, and stores its value in the shared
  *                 memory, if it has some. A server that fills its own eventfd up, and makes it blocking at the right moment,
  *                 holds the writing thread: not for servers that aren't trusted
@@ -5143,6 +5143,8 @@ static void vfux_guard_signal(int number, siginfo_t *info, void *context)
 {
     if (vfux_guard_env) {
         vfux_guard_bad = info->si_addr;
+        /* Whoever passes the signal on to us, as ThreadSanitizer does, may have blocked all others meanwhile. */
+        pthread_sigmask(SIG_SETMASK, &((ucontext_t *)context)->uc_sigmask, NULL);
         siglongjmp(*vfux_guard_env, 1);
     }
     if (vfux_guard_previous.sa_flags & SA_SIGINFO)
@@ -8524,7 +8526,7 @@ VFU_API int vfu_client_info(vfu_client *client, vfu_wire_device_info *out)
     vfu_msg_init(&msg, 0, VFU_CMD_DEVICE_GET_INFO);
     msg.u.device_info.argsz = sizeof(vfu_wire_device_info);
     int err = vfux_client_ask(client, &msg);
-    if (err)
+    if (err < 0)
         return err;
     *out = (vfu_wire_device_info){
         .argsz = msg.u.device_info.argsz,
@@ -8545,14 +8547,15 @@ VFU_API int vfu_client_irq_info(vfu_client *client, uint32_t index, vfu_wire_irq
     msg.u.irq_info.index = index;
     *out = (vfu_wire_irq_info){0};
     int err = vfux_client_ask(client, &msg);
-    if (!err)
-        *out = (vfu_wire_irq_info){
-            .argsz = msg.u.irq_info.argsz,
-            .flags = msg.u.irq_info.flags,
-            .index = index,
-            .count = msg.u.irq_info.count,
-        };
-    return err;
+    if (err < 0)
+        return err;
+    *out = (vfu_wire_irq_info){
+        .argsz = msg.u.irq_info.argsz,
+        .flags = msg.u.irq_info.flags,
+        .index = index,
+        .count = msg.u.irq_info.count,
+    };
+    return 0;
 }
 
 /* Room for `count` areas, which came in one message. */
@@ -8709,16 +8712,16 @@ typedef struct vfux_direct {
     size_t len;
 } vfux_direct;
 
-/* A word of one type. Sequentially consistent: device memory is read and written in the order of the program. */
+/* A word of one type, in one access. */
 #define VFUX_DIRECT_WORD(type, d) \
     do { \
         type word_; \
         if ((d)->in) { \
-            word_ = atomic_load((_Atomic(type) *)(void *)(d)->host); \
+            word_ = *(volatile type *)(void *)(d)->host; \
             memcpy((d)->in, &word_, sizeof(word_)); \
         } else { \
             memcpy(&word_, (d)->out, sizeof(word_)); \
-            atomic_store((_Atomic(type) *)(void *)(d)->host, word_); \
+            *(volatile type *)(void *)(d)->host = word_; \
         } \
     } while (0)
 
@@ -8726,18 +8729,14 @@ static void vfux_direct_body(void *arg)
 {
     vfux_direct d = *(vfux_direct *)arg;
     while (d.len) {
-        size_t width = ATOMIC_LLONG_LOCK_FREE == 2 ? 8 : 4;
+        size_t width = sizeof(uintptr_t); /* the widest that every machine accesses at once */
         while (width > d.len || (uintptr_t)d.host & (width - 1))
             width /= 2;
         switch (width) {
         case 1: VFUX_DIRECT_WORD(uint8_t, &d); break;
         case 2: VFUX_DIRECT_WORD(uint16_t, &d); break;
         case 4: VFUX_DIRECT_WORD(uint32_t, &d); break;
-#if ATOMIC_LLONG_LOCK_FREE == 2
         default: VFUX_DIRECT_WORD(uint64_t, &d); break;
-#else
-        default: break;
-#endif
         }
         d.host += width;
         d.len -= width;
@@ -8753,7 +8752,10 @@ static int vfux_direct_access(uint8_t *host, void *in, const void *out, size_t l
 {
     vfux_direct direct = {.host = host, .in = in, .out = out, .len = len};
     const void *bad = NULL;
-    return vfux_guard(NULL, vfux_direct_body, &direct, &bad);
+    __sync_synchronize(); /* a doorbell is behind what it rings for, a status in front of what it tells of */
+    int err = vfux_guard(NULL, vfux_direct_body, &direct, &bad);
+    __sync_synchronize();
+    return err;
 }
 
 /* The page size of a file that can be mapped without giving the server a hold on us, 0 for anything else: a file system of its
