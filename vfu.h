@@ -8959,7 +8959,6 @@ static uint64_t vfux_number(const void *bytes, size_t width)
 static int vfux_known_signal(const vfux_known *known, uint64_t offset, const void *buf, size_t len)
 {
     enum { DATAMATCH = 1 }; /* KVM_IOEVENTFD_FLAG_DATAMATCH */
-    uint64_t one = 1;
     for (uint32_t i = 0; i < known->io_count; i++) {
         const vfux_direct_io *io = &known->ios[i];
         if (io->io.offset != offset || len > 8 || len & (len - 1) || (io->io.size && io->io.size != len))
@@ -8969,8 +8968,7 @@ static int vfux_known_signal(const vfux_known *known, uint64_t offset, const voi
         int err = io->shadow ? vfux_direct_access(io->shadow, NULL, buf, len) : 0;
         struct pollfd ready = {.fd = io->fd, .events = POLLOUT}; /* full: it is signalled already */
         if (!err && poll(&ready, 1, 0) > 0)
-            while (write(io->fd, &one, sizeof(one)) < 0 && errno == EINTR) {
-            }
+            vfux_event_write(io->fd, 1);
         return err ? err : 1;
     }
     return 0;
