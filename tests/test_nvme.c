@@ -270,8 +270,8 @@ static void start_disk(host *h) { start_example(&h->disk, "nvme", h->options, &h
 static void connect_disk(host *h)
 {
     ck_assert_int_eq(vfu_client_attach(&h->client, connect_to(&h->address, h->address_len), NULL), 0);
-    ck_assert_int_eq(vfu_client_dma_map(h->client, IOVA, MEMORY, VFU_IOMMU_READ | VFU_IOMMU_WRITE, h->memory, h->memory_fd, 0),
-                     0);
+    for (uint64_t half = 0; half < MEMORY; half += MEMORY / 2)
+        ck_assert_int_eq(vfu_client_dma_map(h->client, IOVA + half, MEMORY / 2, 3, h->memory + half, h->memory_fd, half), 0);
     ck_assert_int_eq(vfu_client_irq_assign(h->client, VFU_PCI_IRQ_MSIX, 0, QUEUES + 1, h->events), 0);
     set_master(h, true);
 }
@@ -1441,6 +1441,87 @@ START_TEST(unmap_in_mid_flight)
 }
 END_TEST
 
+static uint64_t some_address(chance *c)
+{
+    switch (below(c, 8)) {
+    case 0: return draw(c);
+    case 1: return UINT64_MAX - below(c, 8192);
+    case 2: return IOVA + below(c, MEMORY);
+    case 3: return IOVA + LISTS + below(c, 64) * 8;
+    case 4: return below(c, 2) * (uint64_t)PAGE;
+    default: return IOVA + below(c, MEMORY / PAGE) * (uint64_t)PAGE;
+    }
+}
+
+static sqe some_command(chance *c)
+{
+    static const uint8_t opcodes[] = {0, 1, 1, 2, 2, 2, 4, 5, 5, 6, 8, 9, 10, 12, 0x80};
+    return (sqe){
+        .opcode = opcodes[below(c, COUNT(opcodes))],
+        .cid = (uint16_t)below(c, 64),
+        .nsid = below(c, 8) ? 1 : (uint32_t)draw(c),
+        .prp1 = some_address(c),
+        .prp2 = some_address(c),
+        .dw10 = below(c, 2)   ? below(c, 5) | below(c, 40) << 16
+                : below(c, 4) ? below(c, 130000)
+                              : (uint32_t)draw(c),
+        .dw11 = below(c, 2)   ? below(c, 6) << 16 | below(c, 8)
+                : below(c, 4) ? 0
+                              : (uint32_t)draw(c),
+        .dw12 = below(c, 4) ? below(c, 256) : (uint32_t)draw(c),
+    };
+}
+
+static void some_commands(host *h, chance *c, unsigned id)
+{
+    for (unsigned i = below(c, 8) + 1; i; i--) {
+        sqe entry = some_command(c);
+        memcpy(at(h, IOVA + SQS + id * 0x10000 + below(c, 40) * sizeof(entry)), &entry, sizeof(entry));
+    }
+    set32(h, DOORBELLS + id * 8, below(c, 40));
+    set32(h, DOORBELLS + id * 8 + 4, below(c, 16));
+}
+
+/* A driver without sense: it does anything at any time. Each access is answered, and in the end the disk can be used. */
+START_TEST(at_random)
+{
+    const uint64_t half = MEMORY / 2;
+    host h;
+    chance c = seeded((uint64_t)_i + 100);
+    setup_with(&h, (kind)(_i % KINDS), NULL, NULL);
+    for (unsigned step = 0; step < (_i % KINDS == BY_MESSAGE ? 400 : 2000); step++) {
+        switch (below(&c, 16)) {
+        case 0: set32(&h, CC, below(&c, 4) ? ENABLE | below(&c, 2) << (14 + below(&c, 2)) : (uint32_t)draw(&c)); break;
+        case 1: set32(&h, CC, 0); break;
+        case 2: set32(&h, AQA, below(&c, 40) << 16 | below(&c, 40)); break;
+        case 3: set64(&h, below(&c, 2) ? ASQ : ACQ, some_address(&c)); break;
+        case 4:
+        case 5: enable(&h); break;
+        case 6: set_master(&h, below(&c, 4)); break;
+        case 7:
+            if (below(&c, 4) == 0)
+                ck_assert_int_eq(vfu_client_reset(h.client), 0);
+            set_master(&h, true);
+            break;
+        case 8:
+            must(vfu_client_dma_unmap(h.client, IOVA + half, half));
+            must(vfu_client_dma_map(h.client, IOVA + half, half, 1 + below(&c, 3), h.memory + half, h.memory_fd, half));
+            break;
+        case 9: set32(&h, DOORBELLS + below(&c, 16) * 4, below(&c, 4) ? below(&c, 40) : (uint32_t)draw(&c)); break;
+        default: some_commands(&h, &c, below(&c, QUEUES + 1)); break;
+        }
+        if (h.memory_fd < 0)
+            must(vfu_client_serve(h.client, -1, 1));
+    }
+    ck_assert_int_eq(vfu_client_reset(h.client), 0);
+    must(vfu_client_dma_unmap(h.client, IOVA, MEMORY));
+    must(vfu_client_dma_map(h.client, IOVA, MEMORY, 3, h.memory, h.memory_fd, 0));
+    set_master(&h, true);
+    check_usable(&h);
+    teardown(&h);
+}
+END_TEST
+
 /* ---- reset and loss -------------------------------------------------------------------------------------------------------- */
 
 /* The image, read around the device. */
@@ -1804,6 +1885,7 @@ int main(void)
     TCase *trouble = tcase_create("trouble");
     tcase_add_loop_test(trouble, rewritten_entries, 0, 2);
     tcase_add_loop_test(trouble, unmap_in_mid_flight, 0, KINDS);
+    tcase_add_loop_test(trouble, at_random, 0, 2 * KINDS);
     tcase_add_loop_test(trouble, interrupted, 0, 4 * KINDS);
     tcase_add_test(trouble, killed);
     tcase_add_test(trouble, terminated_in_mid_flight);
