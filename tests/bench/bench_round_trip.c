@@ -14,9 +14,10 @@
 #define VFU_IMPLEMENTATION
 #include "vfu.h"
 
+#include "figures.h"
+
 #include <sched.h>
 #include <signal.h>
-#include <stdio.h>
 #include <sys/prctl.h>
 #include <sys/wait.h>
 
@@ -200,18 +201,11 @@ static int connect_device(const char *path)
 
 /* ---- measuring -------------------------------------------------------------------------------------------------------- */
 
-static double now_us(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec * 1e6 + (double)t.tv_nsec / 1e3;
-}
-
 /* Microseconds for a DMA_MAP and its DMA_UNMAP, at an IOVA and an offset that change as a guest's do. */
 static double measure(int sock, int file)
 {
     uint8_t map[MAP_SIZE], unmap[UNMAP_SIZE];
-    double begin = now_us();
+    double begin = now_ns();
 
     for (uint32_t i = 0; i < PAIRS; i++) {
         uint64_t place = MAPPINGS + i * 2654435761u % 8192;
@@ -221,25 +215,18 @@ static double measure(int sock, int file)
         call(sock, map, sizeof(map), file, HEADER);
         call(sock, unmap, sizeof(unmap), -1, sizeof(unmap));
     }
-    return (now_us() - begin) / PAIRS;
+    return (now_ns() - begin) / 1e3 / PAIRS;
 }
 
-static int compare(const void *a, const void *b)
+static void print(const char *name, figure *f, const char *unit)
 {
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
-static double print(const char *name, double *values, const char *unit)
-{
-    qsort(values, ROUNDS, sizeof(*values), compare);
-    printf("  %-20s %6.1f %s  (%.1f to %.1f)\n", name, values[ROUNDS / 2], unit, values[0], values[ROUNDS - 1]);
-    return values[ROUNDS / 2];
+    settle(f, ROUNDS);
+    printf("  %-20s %6.1f %s  (%.1f to %.1f)\n", name, f->median, unit, f->least, f->greatest);
 }
 
 int main(int argc, char **argv)
 {
-    double floor_us[ROUNDS], device_us[ROUNDS], own_us[ROUNDS], share[ROUNDS];
+    figure floor_us, device_us, own_us, share;
     int file, floor_sock, device;
 
     if (argc != 2) {
@@ -263,20 +250,20 @@ int main(int argc, char **argv)
     measure(device, file);
     for (int i = 0; i < ROUNDS; i++) {
         if (i % 2) {
-            device_us[i] = measure(device, file);
-            floor_us[i] = measure(floor_sock, file);
+            device_us.round[i] = measure(device, file);
+            floor_us.round[i] = measure(floor_sock, file);
         } else {
-            floor_us[i] = measure(floor_sock, file);
-            device_us[i] = measure(device, file);
+            floor_us.round[i] = measure(floor_sock, file);
+            device_us.round[i] = measure(device, file);
         }
-        own_us[i] = device_us[i] - floor_us[i];
-        share[i] = 100 * own_us[i] / device_us[i];
+        own_us.round[i] = device_us.round[i] - floor_us.round[i];
+        share.round[i] = 100 * own_us.round[i] / device_us.round[i];
     }
     printf("DMA_MAP with a descriptor and DMA_UNMAP, two round trips:\n");
-    print("by the device", device_us, "us");
-    print("by the bare socket", floor_us, "us");
-    print("our own share", own_us, "us");
-    print("our own share", share, "% ");
+    print("by the device", &device_us, "us");
+    print("by the bare socket", &floor_us, "us");
+    print("our own share", &own_us, "us");
+    print("our own share", &share, "% ");
     close(floor_sock);
     close(device);
     return 0;
