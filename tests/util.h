@@ -140,7 +140,7 @@ static inline int64_t send_some(int sock, const void *bytes, size_t len, const i
     } control;
     struct iovec iov = {.iov_base = (void *)(uintptr_t)bytes, .iov_len = len};
     struct msghdr msg = {.msg_iov = &iov, .msg_iovlen = 1};
-    if (fd_count) {
+    if (fds && fd_count) {
         memset(&control, 0, sizeof(control));
         msg.msg_control = control.bytes;
         msg.msg_controllen = CMSG_SPACE(sizeof(int) * fd_count);
