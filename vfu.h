@@ -7954,7 +7954,7 @@ static int vfux_client_handle(vfu_client *client, vfux_line *line, const vfux_ca
     vfu_msg msg;
     for (unsigned handled = 0; line->conn; handled++) {
         if (handled == VFUX_CLIENT_BUDGET || (stop && stop->state == VFUX_CALL_DONE)) {
-            client->more = true;
+            client->more = client->more || line->conn->rx_start < line->conn->rx_end;
             return 0;
         }
         if (!vfux_client_can_answer(line->conn))

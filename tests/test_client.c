@@ -805,6 +805,109 @@ START_TEST(serve_ends)
 }
 END_TEST
 
+/* ---- requests under way ------------------------------------------------------------------------------------------------- */
+
+/* What may be submitted, where the reply's data and descriptors go, and when it leaves. */
+START_TEST(submitted)
+{
+    static const vfu_wire_region_info info = {.argsz = 32, .flags = VFU_REGION_INFO_READ | VFU_REGION_INFO_MMAP, .size = PAGE};
+    uint8_t feature[8 + 16] = {24, 0, 0, 0, 1, 0, 1, 0, 'd', 'a', 't', 'a'}, buf[16];
+    int file = memfd("region", PAGE, 0), fds[4] = {file, file, file, file}, got[3];
+    vfu_completion done;
+    vfu_client *client = script_open();
+    vfu_client_request request = {.msg = {.cmd = VFU_CMD_VERSION}};
+    ck_assert_int_eq(vfu_client_submit(client, &request), -EINVAL);
+    request = (vfu_client_request){.msg = {.cmd = VFU_CMD_DEVICE_RESET, .flags = VFU_HDR_REPLY}};
+    ck_assert_int_eq(vfu_client_submit(client, &request), -EINVAL);
+    request = (vfu_client_request){.msg = {.cmd = VFU_CMD_REGION_READ, .u.region.count = 17}, .buf = buf, .room = 16};
+    ck_assert_int_eq(vfu_client_submit(client, &request), -EINVAL);
+    request = (vfu_client_request){.msg = {.cmd = VFU_CMD_MIG_DATA_READ, .u.mig_data = {.argsz = 100, .size = 17}}, .buf = buf, .room = 16};
+    ck_assert_int_eq(vfu_client_submit(client, &request), -EINVAL);
+    ck_assert_uint_eq(vfu_client_in_flight(client), 0);
+    ck_assert_int_eq(vfu_client_wait(client, 5, &done), -ENOENT);
+    ck_assert_int_eq(vfu_client_wait(client, 70000, &done), -ENOENT);
+    ck_assert_int_eq(vfu_client_timeout(client), -1);
+
+    /* a feature, with too little room and with enough */
+    for (unsigned round = 0; round < 2; round++) {
+        request = (vfu_client_request){.msg = {.cmd = VFU_CMD_DEVICE_FEATURE, .u.feature = {.argsz = 24, .flags = VFU_FEATURE_GET | 1}},
+                                       .buf = buf,
+                                       .room = round ? 16 : 15,
+                                       .user = feature};
+        int id = vfu_client_submit(client, &request);
+        must(id);
+        ck_assert_int_eq(peer_receive(&server), 0); /* it waits for others */
+        ck_assert_int_gt(vfu_client_timeout(client), 0);
+        ck_assert_int_eq(vfu_client_flush(client), 0);
+        ck_assert_int_eq(heard().id, id);
+        script_id = (uint16_t)id;
+        reply(VFU_CMD_DEVICE_FEATURE, feature, sizeof(feature));
+        ck_assert_int_eq(vfu_client_poll(client, &done), 1);
+        ck_assert_int_eq(done.result, round ? 0 : -EMSGSIZE);
+        ck_assert_int_eq(done.id, id);
+        ck_assert_ptr_eq(done.user, feature);
+        ck_assert_uint_eq(done.reply.u.feature.data_len, round ? 16 : 0);
+        if (round)
+            ck_assert_mem_eq(done.reply.u.feature.data, "data", 4);
+        ck_assert_int_eq(vfu_client_poll(client, &done), 0);
+    }
+
+    /* descriptors, one way and the other; more than the server takes */
+    request = (vfu_client_request){.msg = {.cmd = VFU_CMD_DEVICE_GET_REGION_INFO, .u.region_info.argsz = 32}, .received = got, .max_received = 3};
+    int id = vfu_client_submit(client, &request);
+    script_id = (uint16_t)id;
+    say_as(script_id++, VFU_CMD_DEVICE_GET_REGION_INFO, VFU_HDR_REPLY, 0, 48, &info, 32, fds, 2);
+    ck_assert_int_eq(vfu_client_wait(client, id, &done), 1);
+    ck_assert_int_eq(done.result, 0);
+    ck_assert_uint_eq(done.fd_count, 2);
+    ck_assert_int_eq(got[2], -1);
+    close_fds(got, 3);
+    ck_assert_uint_eq(heard().cmd, VFU_CMD_DEVICE_GET_REGION_INFO);
+    request = (vfu_client_request){.msg = {.cmd = VFU_CMD_DMA_MAP, .flags = VFU_HDR_NO_REPLY, .u.dma_map = {.argsz = 32, .flags = 3, .size = PAGE}},
+                                   .fds = fds,
+                                   .fd_count = 4};
+    ck_assert_int_eq(vfu_client_submit(client, &request), -EINVAL);
+    request.fd_count = 1;
+    must(vfu_client_submit(client, &request));
+    ck_assert_uint_eq(heard().flags, VFU_HDR_NO_REPLY);
+    ck_assert_uint_eq(server.fd_count, 1);
+    ck_assert_uint_eq(vfu_client_in_flight(client), 0);
+    close(file);
+    script_close(client);
+}
+END_TEST
+
+/* Nobody accepts and the backlog is full; or somebody does, and says nothing. */
+START_TEST(connecting_has_a_limit)
+{
+    char path[108];
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    int waiting[64], sock = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    unsigned count = 0;
+    vfu_client *client;
+    vfu_client_desc desc = script_desc(30);
+    snprintf(path, sizeof(path), "/tmp/vfu-client-full-%d.sock", (int)getpid());
+    memcpy(address.sun_path, path, strlen(path));
+    must(bind(sock, (struct sockaddr *)&address, sizeof(address)));
+    must(listen(sock, 1));
+    ck_assert_int_eq(vfu_client_connect(&client, path, &desc), -ETIMEDOUT); /* it isn't greeted */
+    for (int fd; count < COUNT(waiting); waiting[count++] = fd) {
+        fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+        if (connect(fd, (struct sockaddr *)&address, sizeof(address)) < 0) {
+            ck_assert_int_eq(errno, EAGAIN);
+            close(fd);
+            break;
+        }
+    }
+    ck_assert_uint_lt(count, COUNT(waiting));
+    ck_assert_int_eq(vfu_client_connect(&client, path, &desc), -ETIMEDOUT);
+    ck_assert_ptr_null(client);
+    close_fds(waiting, count);
+    close(sock);
+    unlink(path);
+}
+END_TEST
+
 /* ---- misuse and shortage --------------------------------------------------------------------------------------------------------------------- */
 
 /* A request that can't be sent is the caller's mistake, and the connection stays. */
@@ -908,6 +1011,12 @@ int main(void)
     tcase_add_test(tc, flood_with_reading);
     tcase_add_test(tc, serve_without_waiting);
     tcase_add_test(tc, serve_ends);
+    suite_add_tcase(suite, tc);
+
+    tc = tcase_create("requests under way");
+    tcase_add_checked_fixture(tc, note_fds, check_fds);
+    tcase_add_test(tc, submitted);
+    tcase_add_test(tc, connecting_has_a_limit);
     suite_add_tcase(suite, tc);
 
     tc = tcase_create("misuse and shortage");
