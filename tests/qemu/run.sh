@@ -28,7 +28,8 @@ export LC_ALL=C
 #     crash      the device is killed while the guest writes to the disk; the next QEMU finds a new device, and what was flushed
 #     restart    the guest restarts while the engine copies, without unmapping anything; QEMU goes on. QEMU's IOMMUs for Intel and
 #                virtio reset the device before they unmap, which --verbose lets the engine's log tell; the others unmap first.
-# memory-backend-ram has no file to hand over, so every DMA travels as a message. The cloud kernel has no AMD IOMMU.
+# memory-backend-ram has no file to hand over, so every DMA travels as a message. The cloud kernel has no AMD IOMMU. Between the QEMU
+# of `traced` and the engine sits vfu_trace, and neither may notice.
 vtd='intel-iommu,caching-mode=on,intremap=on'
 on='intel_iommu=on'
 amd='amd-iommu,dma-remap=on,intremap=on'
@@ -42,6 +43,7 @@ intel-messages | vfio-messages | kill all     | ram            |                
 intel-no-mmap  | vfio-messages | all          | memfd,share=on | --no-mmap          | cloud-amd64 | $vtd             | $on iommu.strict=1
 virtio-iommu   | vfio          | restart all  | memfd,share=on | --verbose          | cloud-amd64 | virtio-iommu-pci | iommu.strict=1
 amd-iommu      | vfio          | restart all  | memfd,share=on |                    | amd64       | $amd             | iommu.strict=1
+traced         | plain         | all          | memfd,share=on |                    | cloud-amd64 |                  |
 serial         | serial        | all          | memfd,share=on |                    | cloud-amd64 |                  |
 nvme           | nvme          | crash all    | memfd,share=on |                    | cloud-amd64 |                  |
 nvme-messages  | nvme          | kill all     | ram            |                    | cloud-amd64 |                  |
@@ -77,12 +79,14 @@ shift
 store=${VFU_QEMU_DIR:-$build/qemu}
 engine=${VFU_QEMU_ENGINE:-$build/examples/dma_engine}
 serial=$(dirname "$engine")/serial
+trace=$(dirname "$engine")/vfu_trace
 nvme=$(dirname "$engine")/nvme
 logs=$build/qemu/log
 
 passed=0
 failed=0
 engine_pid=
+trace_pid=
 qemu_pid=
 work=
 # The last round of writes that a guest has flushed to its disk
@@ -91,6 +95,7 @@ flushed=0
 clean_up() {
     [[ -z $qemu_pid ]] || kill -KILL "$qemu_pid" 2>/dev/null || :
     [[ -z $engine_pid ]] || kill -KILL "$engine_pid" 2>/dev/null || :
+    [[ -z $trace_pid ]] || kill -KILL "$trace_pid" 2>/dev/null || :
     [[ -z $work ]] || rm -rf "$work"
 }
 trap clean_up EXIT
@@ -216,20 +221,20 @@ stop_within() {
 # and `descriptors_before`.
 start_device() {
     local tries
-    rm -f "$work"/line.* "$work/sock"
+    rm -f "$work"/line.* "$work/sock" "$work/traced"
     mkfifo "$work/line.in" "$work/line.out"
     exec 5<>"$work/line.in" 6<>"$work/line.out"
     local image=()
     [[ $mode != nvme ]] || image=(--image="$work/disk")
     # shellcheck disable=SC2086  # the options are words
-    "$program" --socket-path="$work/sock" "${image[@]}" $options <"$work/line.in" >"$work/line.out" 2>>"$engine_log" 5>&- 6>&- &
+    "$program" --socket-path="$socket" "${image[@]}" $options <"$work/line.in" >"$work/line.out" 2>>"$engine_log" 5>&- 6>&- &
     engine_pid=$!
     for ((tries = 0; tries < 250; tries++)); do
-        [[ ! -S $work/sock ]] || break
+        [[ ! -S $socket ]] || break
         running "$engine_pid" || break
         sleep 0.02
     done
-    if [[ ! -S $work/sock ]]; then
+    if [[ ! -S $socket ]]; then
         wrong "the $device made no socket"
         sed 's/^/# program: /' "$engine_log"
         kill -KILL "$engine_pid" 2>/dev/null || :
@@ -237,6 +242,34 @@ start_device() {
         return 1
     fi
     descriptors_before=$(descriptors)
+    [[ $socket = "$work/sock" ]] || start_trace
+}
+
+# vfu_trace between QEMU and the device. Sets `trace_pid`.
+start_trace() {
+    local tries
+    "$trace" --socket-path="$work/sock" --to="$socket" >"$logs/trace" 2>&1 5>&- 6>&- &
+    trace_pid=$!
+    for ((tries = 0; tries < 250; tries++)); do
+        [[ ! -S $work/sock ]] || break
+        running "$trace_pid" || break
+        sleep 0.02
+    done
+}
+
+# It has understood all that went through it, and answered for all of it.
+end_trace() {
+    local status=0 bad
+    kill -TERM "$trace_pid" 2>/dev/null || :
+    stop_within 10 "$trace_pid" || kill -KILL "$trace_pid" 2>/dev/null || :
+    { wait "$trace_pid"; } 2>/dev/null || status=$?
+    trace_pid=
+    bad=$(grep -cE 'malformed|not vfio-user|nobody asked|never answered|no such command' "$logs/trace" || :)
+    if [[ $status -eq 0 && $bad -eq 0 ]] && grep -q '^session 1: .* messages' "$logs/trace"; then
+        ok "vfu_trace has passed on, and understood, $(sed -n 's/^session 1: .* s, \(.* messages\).*/\1/p' "$logs/trace")"
+    else
+        wrong "vfu_trace ended with status $status, and $bad lines of what it did not understand"
+    fi
 }
 
 end_device() {
@@ -248,15 +281,16 @@ end_device() {
             ok "the serial port has sent nothing else"
         fi
     fi
+    [[ -z $trace_pid ]] || end_trace
     kill -TERM "$engine_pid" 2>/dev/null || :
     stop_within 10 "$engine_pid" || kill -KILL "$engine_pid" 2>/dev/null || :
     { wait "$engine_pid"; } 2>/dev/null || status=$?
     engine_pid=
     exec 5>&- 6>&-
-    if [[ $status -eq 0 && ! -e $work/sock ]]; then
+    if [[ $status -eq 0 && ! -e $socket ]]; then
         ok "the $device ends with status 0 and removes its socket"
     else
-        wrong "the $device ended with status $status$([[ ! -e $work/sock ]] || echo " and left its socket")"
+        wrong "the $device ended with status $status$([[ ! -e $socket ]] || echo " and left its socket")"
         grep -vE '^(table|map|vfu: ->) ' "$engine_log" | head -n 40 | sed 's/^/# program: /'
     fi
 }
@@ -470,7 +504,8 @@ check_image() {
 # run_guest NAME, with the columns of its row in the variables of the same names.
 run_guest() {
     local step number=0 program=$engine device=engine start=$SECONDS held_before=$passed failed_before=$failed
-    local console qemu_log
+    local console qemu_log socket=$work/sock
+    [[ $1 != traced ]] || socket=$work/traced
     case $mode in
     serial) program=$serial device='serial port' ;;
     nvme) program=$nvme device=disk ;;
@@ -519,7 +554,7 @@ for name in "$@"; do
     grep -q "^$name *|" <<<"$guests" || usage
 done
 [[ $(uname -m) = x86_64 ]] || skip "the guests are x86_64, this machine is $(uname -m)"
-for program in "$engine" "$serial" "$nvme"; do
+for program in "$engine" "$serial" "$nvme" "$trace"; do
     [[ -x $program ]] || { echo "$script: $program is not built" >&2; exit 1; }
 done
 mkdir -p "$store" "$logs"
