@@ -3952,6 +3952,7 @@ VFU_API int vfu_msg_render(const vfu_msg *msg, char *out, size_t cap)
 #include <sys/stat.h>
 #include <sys/time.h>
 #include <sys/syscall.h>
+#include <sys/time.h>
 #include <sys/uio.h>
 #include <sys/vfs.h>
 #include <sys/un.h>
