@@ -8306,12 +8306,17 @@ VFU_API int vfu_client_call(vfu_client *client, vfu_msg *request, const int *fds
     call->in_place = true;
     call->received = received;
     call->max_received = max_received;
-    err = 0;
-    while (err >= 0 && call->state != VFUX_CALL_DONE)
-        err = vfux_client_step(client, -1, UINT64_MAX, call);
-    *reply = call->done.reply;
+    int step = 0;
+    while (step >= 0 && call->state != VFUX_CALL_DONE)
+        step = vfux_client_step(client, -1, UINT64_MAX, call);
+    *reply = call->done.reply; /* of a broken connection: zero */
     err = call->done.result;
     vfux_call_release(client, call);
+    if (!err && !client->main.conn) { /* it broke in the step in which the reply came: the views are dead */
+        memset(reply, 0, sizeof(*reply));
+        vfux_close_all(received, max_received);
+        err = step;
+    }
     return err;
 }
 
@@ -8851,8 +8856,9 @@ static int vfux_known_add_io(vfux_known *known, const vfu_client_io_fd *io, cons
     if (!vfux_is_eventfd(fds[io->fd_index]))
         return -ENODEV;
     out->fd = fcntl(fds[io->fd_index], F_DUPFD_CLOEXEC, 0);
-    if (out->fd < 0 || fcntl(out->fd, F_SETFL, fcntl(out->fd, F_GETFL) | O_NONBLOCK) < 0)
-        return -errno;
+    int err = out->fd < 0 ? -errno : vfux_set_flags(out->fd);
+    if (err)
+        return err;
     return io->shadow_index < 0 ? 0 : vfux_known_add_shadow(out, fds[io->shadow_index], io->shadow_offset);
 }
 
