@@ -3950,7 +3950,6 @@ VFU_API int vfu_msg_render(const vfu_msg *msg, char *out, size_t cap)
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/time.h>
 #include <sys/syscall.h>
 #include <sys/time.h>
 #include <sys/uio.h>

@@ -34,6 +34,8 @@
 #define VFU_IMPLEMENTATION
 #include "vfu.h"
 
+#include "sandbox.h"
+
 #include <ctype.h>
 #include <getopt.h>
 #include <sys/syscall.h>
@@ -1705,6 +1707,7 @@ static int usage(const char *name, FILE *out)
             "  --doorbells=trapped|mapped  wait for doorbells, or look at a page that the client maps (takes a processor\n"
             "                              while there is work); trapped\n"
             "  --verbose                   print a line for each request\n"
+            "  --sandbox                   give up all system calls but those that serving needs\n"
             "  --help                      print this\n"
             "example: %s --socket-path=/tmp/nvme.sock --image=disk.img --size=1G\n",
             name, QUEUES_MAX, name);
@@ -1759,6 +1762,7 @@ int main(int argc, char **argv)
         {"queues", required_argument, NULL, 'q'},
         {"doorbells", required_argument, NULL, 'd'},
         {"verbose", no_argument, NULL, 'v'},
+        {"sandbox", no_argument, NULL, 'x'},
         {"help", no_argument, NULL, 'h'},
         {0},
     };
@@ -1766,7 +1770,7 @@ int main(int argc, char **argv)
     const char *path = NULL, *image = NULL, *why = NULL;
     uint64_t size = 0;
     int fd = -1, page_fd = -1, option;
-    bool verbose = false, mapped = false, good = true;
+    bool verbose = false, sandbox = false, mapped = false, good = true;
     while (good && (option = getopt_long(argc, argv, "", options, NULL)) != -1) {
         switch (option) {
         case 's': path = optarg; break;
@@ -1787,6 +1791,7 @@ int main(int argc, char **argv)
             good = mapped || !strcmp(optarg, "trapped");
             break;
         case 'v': verbose = true; break;
+        case 'x': sandbox = true; break;
         case 'h': return usage(argv[0], stdout);
         default: good = false; break;
         }
@@ -1809,6 +1814,8 @@ int main(int argc, char **argv)
             catch_signals(); /* before anybody can see the socket file */
         if (!err)
             err = path ? vfu_dev_listen(c.dev, path) : vfu_dev_attach(c.dev, fd);
+        if (!err && sandbox)
+            err = sandbox_enter();
         if (!err)
             err = serve_clients(&c);
         close_lanes(&c);

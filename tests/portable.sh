@@ -1,7 +1,8 @@
 #!/bin/sh
 # SPDX-License-Identifier: MIT
 # Usage: portable.sh BUILD-DIRECTORY [MACHINE...]
-# Runs the tests as programs of other machines: i386 by itself; s390x, which is big-endian, arm64 and armhf under qemu-user. Compilers,
+# Runs the tests where bugs hide: as programs of other machines, which are i386 by itself and s390x (big-endian), arm64 and armhf
+# under qemu-user; as `lto` (-O3 -flto); under `valgrind`; and with the examples against musl (`musl`). Compilers for other machines,
 # QEMU and Check are fetched on Debian with the machine's own apt; nothing is installed, everything is unpacked below
 # BUILD-DIRECTORY/portable and stays there.
 #
@@ -12,7 +13,7 @@
 set -u
 build=$1/portable
 shift
-[ $# -gt 0 ] || set -- i386 s390x arm64 armhf
+[ $# -gt 0 ] || set -- lto musl valgrind i386 s390x arm64 armhf
 mkdir -p "$build"
 build=$(cd "$build" && pwd)
 store=${VFU_PORTABLE_DIR:-$build}
@@ -84,7 +85,22 @@ fetch_check() {
 set_machine() {
     lib=
     static=-static
+    examples_cc=
+    emulated=
+    options=-O1
     case $1 in
+    lto) cc=gcc && options='-O3 -flto=auto' && run= && static= && return ;;
+    valgrind)
+        command -v valgrind >/dev/null || skip "no valgrind"
+        cc=gcc && static=
+        run='valgrind -q --error-exitcode=9 --leak-check=full --errors-for-leak-kinds=definite'
+        return
+        ;;
+    musl)
+        command -v musl-gcc >/dev/null || skip "no musl-gcc"
+        cc=gcc && run= && static= && examples_cc='musl-gcc -static'
+        return
+        ;;
     i386) triple=i386-linux-gnu && cc='gcc -m32' && run= && static= ;;
     s390x) triple=s390x-linux-gnu && run=qemu-s390x-static ;;
     arm64) triple=aarch64-linux-gnu && run=qemu-aarch64-static ;;
@@ -93,6 +109,7 @@ set_machine() {
     esac
     fetch_check "$1"
     if [ -n "$run" ]; then
+        emulated=1
         fetch "$store/cc-$1" "gcc-$triple" "libc6-dev-$1-cross"
         fetch "$store/qemu" qemu-user-static
         cc=$store/cc-$1/usr/bin/$triple-gcc
@@ -104,7 +121,7 @@ set_machine() {
 # The compiler finds the libraries of its own tree; the program doesn't need them.
 compile() {
     # shellcheck disable=SC2086 # words on purpose
-    LD_LIBRARY_PATH=$lib $cc -std=c11 -O1 -g -Wall -Wextra ${WERROR:-} -I. -pthread $static ${CPPFLAGS:-} "$@"
+    LD_LIBRARY_PATH=$lib $cc -std=c11 $options -g -Wall -Wextra ${WERROR:-} -I. -pthread $static ${CPPFLAGS:-} "$@"
 }
 
 # A program of another machine, as one that can be executed here.
@@ -124,23 +141,29 @@ for machine in "$@"; do
     mkdir -p "$to/bin" "$to/tests" "$to/examples"
     all=$(cd tests && printf '%s\n' test_*.c | sed 's/\.c$//')
     [ -z "$run" ] || all=$(printf '%s\n' "$all" | grep -vxE "$programs")
+    [ "$machine" != musl ] || all=$(printf '%s\n' "$all" | grep -xE "$programs")
     tests=${VFU_PORTABLE_TESTS:-$all}
     check=$store/check-$machine/usr
+    libs="$check/lib/${triple:-}/libcheck.a $check/lib/${triple:-}/libsubunit.a -lrt -lm"
+    [ -d "$check" ] || libs=$(pkg-config --libs check)
+    tests_cc=$cc
+    cc=${examples_cc:-$cc}
     for source in examples/*.c; do
         [ -z "$run" ] || break
         compile "$source" -o "$to/examples/$(basename "$source" .c)" || exit 1
     done
+    cc=$tests_cc
     compile -c tests/impl.c -o "$to/bin/impl.o" || exit 1
     for test in $tests; do
         impl=$to/bin/impl.o
         ! grep -qE '^ *# *define +VFU_(IOMMU_)?IMPLEMENTATION' "tests/$test.c" || impl=
-        compile -I"$check/include" "tests/$test.c" $impl -o "$to/bin/$test" "$check/lib/$triple/libcheck.a" \
-            "$check/lib/$triple/libsubunit.a" -lrt -lm || exit 1
+        # shellcheck disable=SC2086
+        compile ${emulated:+-I$check/include} "tests/$test.c" $impl -o "$to/bin/$test" $libs || exit 1
         wrap "$to/tests/$test" "$to/bin/$test"
     done
     echo "# $machine"
     unset VFU_EMULATED
-    [ -z "$run" ] || export VFU_EMULATED=1
+    [ -z "$emulated" ] || export VFU_EMULATED=1
     # shellcheck disable=SC2086
     sh tests/run.sh "$to" $tests >"$to/log"
     cat "$to/log"

@@ -129,7 +129,9 @@ START_TEST(dirty_page_sizes)
         ck_assert_int_eq(ask_log(VFU_FEATURE_LOGGING_REPORT | VFU_FEATURE_GET, &report, sizeof(report)), 0);
         ck_assert_uint_eq(R.reply.u.feature.data_len, sizeof(report) + PAGES / 8);
         for (unsigned page = 0; page < PAGES; page++) {
-            unsigned bit = R.reply.u.feature.data[sizeof(report) + page / 8] >> page % 8 & 1;
+            uint64_t word;
+            memcpy(&word, R.reply.u.feature.data + sizeof(report) + page / 64 * 8, sizeof(word));
+            unsigned bit = word >> page % 64 & 1;
             uint64_t coarse = UINT64_C(1) << (shift > 12 ? shift - 12 : 0); /* pages that share a bit of the log */
             bool wrote = false;
             for (unsigned at = 0; at < PAGES; at += 255)

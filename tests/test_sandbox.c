@@ -335,7 +335,7 @@ START_TEST(sandboxed_devices)
         ck_assert_int_eq(vfu_client_dma_map(client, 0, 16 * PAGE, 3, memory, sealed, 0), 0);
         ck_assert_int_eq(vfu_client_dma_map(client, 1 << 20, PAGE, 3, memory, open_file, 0), 0);
         ck_assert_int_eq(vfu_client_dma_map(client, 1 << 21, PAGE, 3, memory, -1, 0), 0);
-        ck_assert_int_eq(vfu_client_irq_assign(client, VFU_PCI_IRQ_INTX, 0, 1, events), 0);
+        ck_assert_int_eq(vfu_client_irq_assign(client, VFU_PCI_IRQ_ERR, 0, 1, events), 0);
         ck_assert_int_eq(vfu_client_reset(client), 0);
         if (_i == 0) { /* a copy from each kind of memory to each other */
             static const uint64_t places[] = {0, 1 << 20, 1 << 21};
