@@ -1,9 +1,9 @@
 #!/bin/sh
 # SPDX-License-Identifier: MIT
 # Usage: coverage.sh BUILD-DIRECTORY
-# Adds up what the programs of a build with --coverage have executed of the two headers, prints how much that is, and compares
-# what they have not with tests/coverage.txt, where each such line stands with its reason. Fails below 95 % of the lines or 90 % of
-# the branches of a header, and where that list is out of date.
+# Adds up what the programs of a build with --coverage have executed of the two headers, prints how much that is, and each line that
+# was not, with its reason from tests/coverage.txt; with VERBOSE=1 also the lines of which a branch was never taken. Fails below 95 %
+# of the lines or 90 % of the branches of a header, and when that list has a line that is executed, or gone.
 #
 # A branch is each way out of a condition, as the compiler made it without optimisation; assertions are compiled away. A header is
 # compiled into many programs: a branch is taken if one of them has taken it. Where a test replaces system calls by macros, the
@@ -87,17 +87,14 @@ awk -v list=tests/coverage.txt '
                 continue
             key = f ": " text[l]
             if (missing == "line") {
-                if (key in known)
-                    listed[key] = 1
-                else
-                    print "not listed: " l ": " text[l] > "/dev/stderr"
-                unlisted += !(key in known)
+                listed[key] = key in known
+                printf "never executed: %s: %s -- %s\n", l, text[l], key in known ? known[key] : "no test has come here"
             }
             if (ENVIRON["VERBOSE"])
                 printf "%s %s %s\n", missing, l, text[l]
         }
         for (key in known)
-            if (!(key in listed)) {
+            if (!listed[key]) {
                 print "out of date: " key " is executed, or gone" > "/dev/stderr"
                 stale++
             }
@@ -106,5 +103,5 @@ awk -v list=tests/coverage.txt '
                 done[f], branches[f], 100 * done[f] / branches[f]
             low += run[f] < 0.95 * lines[f] || done[f] < 0.90 * branches[f]
         }
-        exit low || unlisted || stale || !have
+        exit low || stale || !have
     }' "$work/gcov"
