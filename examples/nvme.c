@@ -1766,11 +1766,14 @@ int main(int argc, char **argv)
         {"help", no_argument, NULL, 'h'},
         {0},
     };
-    static nvme c = {.queues = 8, .block_shift = 9};
+    static nvme c;
     const char *path = NULL, *image = NULL, *why = NULL;
     uint64_t size = 0;
     int fd = -1, page_fd = -1, option;
     bool verbose = false, sandbox = false, mapped = false, good = true;
+    memset(&c, 0, sizeof(c)); /* a fuzzer calls main again and again */
+    c.queues = 8;
+    c.block_shift = 9;
     while (good && (option = getopt_long(argc, argv, "", options, NULL)) != -1) {
         switch (option) {
         case 's': path = optarg; break;

@@ -266,7 +266,6 @@ int fuzz_create(vfu_dev **out, const vfu_dev_desc *given)
     vfu_dev_desc desc = *given;
     uint8_t policy = take(&in);
     desc.max_dma_maps = 64;
-    desc.max_readers = desc.max_readers ? desc.max_readers : 2;
     desc.max_data_xfer_size = 1 << 16;
     desc.logger = (vfu_logger){.write = ignore_log, .level = VFU_LEVEL_TRACE};
     desc.twin_socket = policy & 1;
