@@ -4959,7 +4959,7 @@ enum {
     VFUX_EXTRA_REGIONS = 64,
     VFUX_MIG_STATES = 8,
     VFUX_GREETING_MS = 10000,
-    VFUX_SOON_MS = 2,    /* how long run waits for the next request in recvmsg() */
+    VFUX_SOON_MS = 2,    /* how long an end waits in recvmsg() for the other, before poll() does */
     VFUX_REPLIES = 4096, /* bytes of replies that are held back */
     VFUX_ACCEPT_MS = 100,
     VFUX_PAGE = 4096 /* granule of mappings: the pgsizes that VERSION says */
@@ -8011,13 +8011,18 @@ static int vfux_line_flush(vfu_client *client, vfux_line *line)
     return err;
 }
 
-/* Receives once and handles it. Negative: broken. */
-static int vfux_client_receive(vfu_client *client, vfux_line *line, const vfux_call *stop)
+/* Handles what a call of vfu_conn_receive has said. Negative: broken. */
+static int vfux_client_received(vfu_client *client, vfux_line *line, const vfux_call *stop, int got)
 {
-    int got = line->conn ? vfu_conn_receive(line->conn) : -EAGAIN;
     if (got < 0 && got != -EAGAIN && got != -ENOBUFS)
         return vfux_client_break(client, got == -EBADMSG ? -EPROTO : got, "descriptors were lost");
     return got > 0 ? vfux_client_handle(client, line, stop) : 0;
+}
+
+/* Receives once and handles it. Negative: broken. */
+static int vfux_client_receive(vfu_client *client, vfux_line *line, const vfux_call *stop)
+{
+    return vfux_client_received(client, line, stop, line->conn ? vfu_conn_receive(line->conn) : -EAGAIN);
 }
 
 /* The server takes no more. What it has answered before still counts, and first of all the reply to `stop`: while that one is in
@@ -8082,8 +8087,14 @@ static int vfux_client_step(vfu_client *client, int wake_fd, uint64_t until, con
     for (unsigned i = 0; i < count; i++)
         fds[i] = (struct pollfd){.fd = wanted[i].fd, .events = wanted[i].events};
     fds[count] = (struct pollfd){.fd = wake_fd, .events = POLLIN};
-    int ready = poll(fds, count + (wake_fd >= 0),
-                     vfux_client_has_more(client) ? 0 : vfux_client_left_ms(vfux_min(until, vfux_client_deadline(client))));
+    int timeout = vfux_client_has_more(client) ? 0 : vfux_client_left_ms(vfux_min(until, vfux_client_deadline(client)));
+    /* Where only the server can end the wait, recvmsg() waits for it, and poll() when that takes long (see vfux_dev_sleep). */
+    bool for_server = wake_fd < 0 && count == 1 && fds[0].events == POLLIN && (timeout < 0 || timeout > VFUX_SOON_MS);
+    int got = for_server ? vfux_conn_receive_soon(client->main.conn) : -EAGAIN, ready = 0;
+    if (got != -EAGAIN && got != -EINTR)
+        err = vfux_client_received(client, &client->main, stop, got);
+    else
+        ready = poll(fds, count + (wake_fd >= 0), timeout);
     if (ready < 0 && errno != EINTR)
         return vfux_client_break(client, -errno, "");
     if (ready > 0 && fds[0].revents & ~POLLOUT)
@@ -8398,6 +8409,7 @@ static int vfux_client_begin(vfu_client *client, int fd)
     int err = vfu_conn_create(&client->main.conn, &desc);
     if (err)
         return err;
+    vfux_conn_let_wait(client->main.conn, VFUX_SOON_MS);
     err = vfux_client_greet(client);
     if (err && client->main.conn)
         vfux_client_break(client, err, "");
