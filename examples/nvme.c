@@ -816,7 +816,7 @@ static int delete_sq(nvme *c, command *cmd)
     sq *q = &c->sqs[id];
     if (q->in_flight) {
         q->deleter = cmd;
-        c->busy--;
+        less_busy(c);
         return NOT_OURS;
     }
     close_sq(q);
@@ -1062,7 +1062,7 @@ static int event_request(nvme *c, command *cmd)
         return TOO_MANY_EVENT_REQUESTS;
     c->event_requests[c->event_request_count++] = cmd;
     cmd->sq->cq->reserved--; /* or those who wait for events would fill a small queue */
-    c->busy--;
+    less_busy(c);
     return NOT_OURS;
 }
 

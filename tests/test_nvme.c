@@ -1659,6 +1659,31 @@ START_TEST(interrupted)
 }
 END_TEST
 
+/* The controller is disabled while it takes commands that it keeps, event requests and deletions of queues in use. */
+START_TEST(disabled_at_once)
+{
+    host h;
+    setup_with(&h, _i ? BY_MESSAGE : PINNED, NULL, NULL);
+    for (unsigned round = 0; round < 200; round++) {
+        enable(&h);
+        create_pair(&h, 1, RING);
+        for (unsigned i = 0; i < 8; i++)
+            enqueue(&h, 1, (sqe){.opcode = FLUSH, .nsid = 1});
+        ring_sq(&h, 1);
+        for (unsigned i = 0; i < 3; i++)
+            enqueue(&h, 0, (sqe){.opcode = EVENT_REQUEST});
+        enqueue(&h, 0, (sqe){.opcode = DELETE_SQ, .dw10 = 1});
+        ring_sq(&h, 0);
+        if (_i && round % 4)
+            must(vfu_client_serve(h.client, -1, (int)(round % 4) - 1));
+        set32(&h, CC, 0);
+        wait_for(&h, RDY, 0);
+    }
+    check_usable(&h);
+    teardown(&h);
+}
+END_TEST
+
 /* The same program is killed: what was acknowledged is in the file, what was flushed would survive the machine, and the next one
  * shows the same disk. */
 START_TEST(killed)
@@ -1942,6 +1967,7 @@ int main(void)
     tcase_add_loop_test(trouble, unmap_in_mid_flight, 0, KINDS);
     tcase_add_loop_test(trouble, at_random, 0, 2 * KINDS);
     tcase_add_loop_test(trouble, interrupted, 0, 4 * KINDS);
+    tcase_add_loop_test(trouble, disabled_at_once, 0, 2);
     tcase_add_test(trouble, killed);
     tcase_add_test(trouble, terminated_in_mid_flight);
     suite_add_tcase(suite, trouble);
