@@ -18,7 +18,7 @@ script=bench-nvme
 here=$(cd "$(dirname "$0")" && pwd)
 rounds=5
 seconds=2
-disk_size=272M
+disk_size=216M
 boot_seconds=60
 
 usage() {

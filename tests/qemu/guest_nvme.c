@@ -47,7 +47,7 @@ enum {
 #define KEPT_FIRST FILES_SIZE
 #define KEPT_SIZE  ((uint64_t)4 * MIB)
 #define AREA_FIRST (KEPT_FIRST + KEPT_SIZE)
-#define AREA       ((uint64_t)96 * MIB)
+#define AREA       ((uint64_t)72 * MIB)
 #define DISK_SIZE  (AREA_FIRST + WORKERS * AREA)
 
 /* What the generation of a sector may be beside the number of its write */
@@ -781,9 +781,9 @@ static void check_jobs(void) {
             uint32_t size = sizes[s] < block_size ? block_size : sizes[s];
             uint64_t commands = 16 * MIB / size, done, bytes, begin = milliseconds();
 
-            commands = commands > 400 ? 400 : commands < 24 ? 24 : commands;
-            if (commands < 2 * depths[d])
-                commands = 2 * depths[d];
+            commands = commands > 300 ? 300 : commands < 24 ? 24 : commands;
+            if (commands < depths[d] + 24)
+                commands = depths[d] + 24;
             set_job(size, depths[d], 50, commands, number++ % 2 == 1);
             start_workers(job_thread);
             done = join_workers(&bytes);

@@ -55,8 +55,8 @@ long_guests='nvme nvme-intel'
 default_guests=$(awk -F'|' 'NF > 1 { gsub(/ /, "", $1); printf "%s ", $1 }' <<<"$guests")
 guest_seconds=180
 # What the guests with a disk have for mixed I/O.
-mixed_seconds=4
-disk_size=272M
+mixed_seconds=3
+disk_size=216M
 
 script=check-qemu
 here=$(cd "$(dirname "$0")" && pwd)
