@@ -1687,172 +1687,50 @@ VFU_API int vfu_client_log_stop(vfu_client *client);
  * ==== wire =================================================================================================================
  */
 
-static const char *const vfux_cmd_names[] = {
-    NULL,
-    "VERSION",
-    "DMA_MAP",
-    "DMA_UNMAP",
-    "DEVICE_GET_INFO",
-    "DEVICE_GET_REGION_INFO",
-    "DEVICE_GET_REGION_IO_FDS",
-    "DEVICE_GET_IRQ_INFO",
-    "DEVICE_SET_IRQS",
-    "REGION_READ",
-    "REGION_WRITE",
-    "DMA_READ",
-    "DMA_WRITE",
-    "DEVICE_RESET",
-    NULL,
-    "REGION_WRITE_MULTI",
-    "DEVICE_FEATURE",
-    "MIG_DATA_READ",
-    "MIG_DATA_WRITE",
-};
+/* Lists of names: each ends with a NUL, and is empty for a number without a name. */
+static const char vfux_cmd_names[] =
+    "\0VERSION\0DMA_MAP\0DMA_UNMAP\0DEVICE_GET_INFO\0DEVICE_GET_REGION_INFO\0DEVICE_GET_REGION_IO_FDS\0"
+    "DEVICE_GET_IRQ_INFO\0DEVICE_SET_IRQS\0REGION_READ\0REGION_WRITE\0DMA_READ\0DMA_WRITE\0"
+    "DEVICE_RESET\0\0REGION_WRITE_MULTI\0DEVICE_FEATURE\0MIG_DATA_READ\0MIG_DATA_WRITE";
 
 /* Numbered as Linux does on most machines, whatever this compiler's <errno.h> says: the index is the value on the wire. */
-static const char *const vfux_errno_names[] = {
-    NULL,
-    "EPERM",
-    "ENOENT",
-    "ESRCH",
-    "EINTR",
-    "EIO",
-    "ENXIO",
-    "E2BIG",
-    "ENOEXEC",
-    "EBADF",
-    "ECHILD",
-    "EAGAIN",
-    "ENOMEM",
-    "EACCES",
-    "EFAULT",
-    "ENOTBLK",
-    "EBUSY",
-    "EEXIST",
-    "EXDEV",
-    "ENODEV",
-    "ENOTDIR",
-    "EISDIR",
-    "EINVAL",
-    "ENFILE",
-    "EMFILE",
-    "ENOTTY",
-    "ETXTBSY",
-    "EFBIG",
-    "ENOSPC",
-    "ESPIPE",
-    "EROFS",
-    "EMLINK",
-    "EPIPE",
-    "EDOM",
-    "ERANGE",
-    "EDEADLK",
-    "ENAMETOOLONG",
-    "ENOLCK",
-    "ENOSYS",
-    "ENOTEMPTY",
-    "ELOOP",
-    NULL,
-    "ENOMSG",
-    "EIDRM",
-    "ECHRNG",
-    "EL2NSYNC",
-    "EL3HLT",
-    "EL3RST",
-    "ELNRNG",
-    "EUNATCH",
-    "ENOCSI",
-    "EL2HLT",
-    "EBADE",
-    "EBADR",
-    "EXFULL",
-    "ENOANO",
-    "EBADRQC",
-    "EBADSLT",
-    NULL,
-    "EBFONT",
-    "ENOSTR",
-    "ENODATA",
-    "ETIME",
-    "ENOSR",
-    "ENONET",
-    "ENOPKG",
-    "EREMOTE",
-    "ENOLINK",
-    "EADV",
-    "ESRMNT",
-    "ECOMM",
-    "EPROTO",
-    "EMULTIHOP",
-    "EDOTDOT",
-    "EBADMSG",
-    "EOVERFLOW",
-    "ENOTUNIQ",
-    "EBADFD",
-    "EREMCHG",
-    "ELIBACC",
-    "ELIBBAD",
-    "ELIBSCN",
-    "ELIBMAX",
-    "ELIBEXEC",
-    "EILSEQ",
-    "ERESTART",
-    "ESTRPIPE",
-    "EUSERS",
-    "ENOTSOCK",
-    "EDESTADDRREQ",
-    "EMSGSIZE",
-    "EPROTOTYPE",
-    "ENOPROTOOPT",
-    "EPROTONOSUPPORT",
-    "ESOCKTNOSUPPORT",
-    "EOPNOTSUPP",
-    "EPFNOSUPPORT",
-    "EAFNOSUPPORT",
-    "EADDRINUSE",
-    "EADDRNOTAVAIL",
-    "ENETDOWN",
-    "ENETUNREACH",
-    "ENETRESET",
-    "ECONNABORTED",
-    "ECONNRESET",
-    "ENOBUFS",
-    "EISCONN",
-    "ENOTCONN",
-    "ESHUTDOWN",
-    "ETOOMANYREFS",
-    "ETIMEDOUT",
-    "ECONNREFUSED",
-    "EHOSTDOWN",
-    "EHOSTUNREACH",
-    "EALREADY",
-    "EINPROGRESS",
-    "ESTALE",
-    "EUCLEAN",
-    "ENOTNAM",
-    "ENAVAIL",
-    "EISNAM",
-    "EREMOTEIO",
-    "EDQUOT",
-    "ENOMEDIUM",
-    "EMEDIUMTYPE",
-    "ECANCELED",
-};
+static const char vfux_errno_names[] =
+    "\0EPERM\0ENOENT\0ESRCH\0EINTR\0EIO\0ENXIO\0E2BIG\0ENOEXEC\0EBADF\0ECHILD\0EAGAIN\0"
+    "ENOMEM\0EACCES\0EFAULT\0ENOTBLK\0EBUSY\0EEXIST\0EXDEV\0ENODEV\0ENOTDIR\0EISDIR\0"
+    "EINVAL\0ENFILE\0EMFILE\0ENOTTY\0ETXTBSY\0EFBIG\0ENOSPC\0ESPIPE\0EROFS\0EMLINK\0EPIPE\0"
+    "EDOM\0ERANGE\0EDEADLK\0ENAMETOOLONG\0ENOLCK\0ENOSYS\0ENOTEMPTY\0ELOOP\0\0ENOMSG\0"
+    "EIDRM\0ECHRNG\0EL2NSYNC\0EL3HLT\0EL3RST\0ELNRNG\0EUNATCH\0ENOCSI\0EL2HLT\0EBADE\0"
+    "EBADR\0EXFULL\0ENOANO\0EBADRQC\0EBADSLT\0\0EBFONT\0ENOSTR\0ENODATA\0ETIME\0ENOSR\0"
+    "ENONET\0ENOPKG\0EREMOTE\0ENOLINK\0EADV\0ESRMNT\0ECOMM\0EPROTO\0EMULTIHOP\0EDOTDOT\0"
+    "EBADMSG\0EOVERFLOW\0ENOTUNIQ\0EBADFD\0EREMCHG\0ELIBACC\0ELIBBAD\0ELIBSCN\0ELIBMAX\0"
+    "ELIBEXEC\0EILSEQ\0ERESTART\0ESTRPIPE\0EUSERS\0ENOTSOCK\0EDESTADDRREQ\0EMSGSIZE\0EPROTOTYPE\0"
+    "ENOPROTOOPT\0EPROTONOSUPPORT\0ESOCKTNOSUPPORT\0EOPNOTSUPP\0EPFNOSUPPORT\0EAFNOSUPPORT\0EADDRINUSE\0"
+    "EADDRNOTAVAIL\0ENETDOWN\0ENETUNREACH\0ENETRESET\0ECONNABORTED\0ECONNRESET\0ENOBUFS\0EISCONN\0"
+    "ENOTCONN\0ESHUTDOWN\0ETOOMANYREFS\0ETIMEDOUT\0ECONNREFUSED\0EHOSTDOWN\0EHOSTUNREACH\0EALREADY\0"
+    "EINPROGRESS\0ESTALE\0EUCLEAN\0ENOTNAM\0ENAVAIL\0EISNAM\0EREMOTEIO\0EDQUOT\0ENOMEDIUM\0"
+    "EMEDIUMTYPE\0ECANCELED";
 
 #define VFUX_COUNT(array) (sizeof(array) / sizeof((array)[0]))
 
-static const char *vfux_name(const char *const *names, size_t count, uint32_t i) { return i < count ? names[i] : NULL; }
+/* Name i of such a list of `size` bytes; NULL: it has none. */
+static const char *vfux_name(const char *names, size_t size, uint32_t i)
+{
+    const char *end = names + size;
+    while (i-- > 0 && names < end)
+        names += strlen(names) + 1;
+    return names < end && *names != '\0' ? names : NULL;
+}
 
 VFU_API const char *vfu_cmd_name(uint16_t cmd)
 {
-    const char *name = vfux_name(vfux_cmd_names, VFUX_COUNT(vfux_cmd_names), cmd);
+    const char *name = vfux_name(vfux_cmd_names, sizeof(vfux_cmd_names), cmd);
     return name != NULL ? name : "?";
 }
 
 VFU_API const char *vfu_errno_name(int error)
 {
     uint32_t i = error < 0 ? 0u - (uint32_t)error : (uint32_t)error;
-    const char *name = vfux_name(vfux_errno_names, VFUX_COUNT(vfux_errno_names), i);
+    const char *name = vfux_name(vfux_errno_names, sizeof(vfux_errno_names), i);
     return name != NULL ? name : "?";
 }
 
@@ -2977,7 +2855,7 @@ static int vfux_decode_payload(const vfux_payload *in, vfu_dma_layout layout, vf
     }
 }
 
-static bool vfux_cmd_known(uint16_t cmd) { return vfux_name(vfux_cmd_names, VFUX_COUNT(vfux_cmd_names), cmd) != NULL; }
+static bool vfux_cmd_known(uint16_t cmd) { return cmd >= VFU_CMD_VERSION && cmd <= VFU_CMD_MIG_DATA_WRITE && cmd != 14; }
 
 VFU_API int vfu_msg_decode_dma(const void *bytes, size_t len, vfu_dma_layout layout, vfu_msg *out)
 {
@@ -3603,15 +3481,17 @@ VFU_API int vfu_feature_set_log_report(vfu_msg *msg, const vfu_wire_feature_log_
 #define VFUX_RENDER_ITEMS 4u   /* of an array */
 #define VFUX_RENDER_TEXT  256u /* of version data */
 
-/* The names of the bits that are set, with a bar between, and what remains as a number; "-" for none. names[i] is bit i. */
-static void vfux_render_bits(vfux_text *t, uint64_t bits, const char *const *names, uint32_t count)
+/* The names of the bits that are set, with a bar between, and what remains as a number; "-" for none. The list begins with
+ * bit 0 and has no gap. */
+static void vfux_render_bits(vfux_text *t, uint64_t bits, const char *names, size_t size)
 {
     const char *bar = " ";
+    unsigned count = 0;
 
-    for (uint32_t i = 0; i < count; i++) {
-        if ((bits >> i & 1u) != 0) {
+    for (const char *name = names; name < names + size; name += strlen(name) + 1, count++) {
+        if ((bits >> count & 1u) != 0) {
             vfux_text_add(t, bar);
-            vfux_text_add(t, names[i]);
+            vfux_text_add(t, name);
             bar = "|";
         }
     }
@@ -3624,10 +3504,10 @@ static void vfux_render_bits(vfux_text *t, uint64_t bits, const char *const *nam
     }
 }
 
-/* A name from a table, or the number */
-static void vfux_render_name(vfux_text *t, const char *const *names, size_t count, const char *label, uint32_t i)
+/* A name from a list, or the number */
+static void vfux_render_name(vfux_text *t, const char *names, size_t size, const char *label, uint32_t i)
 {
-    const char *name = vfux_name(names, count, i);
+    const char *name = vfux_name(names, size, i);
 
     if (name != NULL) {
         vfux_text_add(t, " ");
@@ -3639,16 +3519,16 @@ static void vfux_render_name(vfux_text *t, const char *const *names, size_t coun
 
 static void vfux_render_region(vfux_text *t, uint32_t i)
 {
-    static const char *const names[] = {"BAR0", "BAR1", "BAR2", "BAR3", "BAR4", "BAR5", "ROM", "CONFIG", "VGA"};
+    static const char names[] = "BAR0\0BAR1\0BAR2\0BAR3\0BAR4\0BAR5\0ROM\0CONFIG\0VGA";
 
-    vfux_render_name(t, names, VFUX_COUNT(names), " region ", i);
+    vfux_render_name(t, names, sizeof(names), " region ", i);
 }
 
 static void vfux_render_irq(vfux_text *t, uint32_t i)
 {
-    static const char *const names[] = {"INTX", "MSI", "MSIX", "ERR", "REQ"};
+    static const char names[] = "INTX\0MSI\0MSIX\0ERR\0REQ";
 
-    vfux_render_name(t, names, VFUX_COUNT(names), " irq ", i);
+    vfux_render_name(t, names, sizeof(names), " irq ", i);
 }
 
 /* Data as one number if it has the width of one, else its first bytes */
@@ -3704,7 +3584,7 @@ static void vfux_render_json(vfux_text *t, const char *json, uint32_t n)
 
 static void vfux_render_region_info(vfux_text *t, const vfu_msg *m)
 {
-    static const char *const flags[] = {"read", "write", "mmap", "caps"};
+    static const char flags[] = "read\0write\0mmap\0caps";
     vfu_region_cap cap = {0, 0, NULL, 0, 0};
     vfu_wire_sparse_area area;
     vfu_wire_cap_type type;
@@ -3713,7 +3593,7 @@ static void vfux_render_region_info(vfux_text *t, const vfu_msg *m)
     vfux_render_region(t, m->u.region_info.index);
     if (vfu_msg_is_reply(m)) {
         vfux_text_hex(t, " size ", m->u.region_info.size);
-        vfux_render_bits(t, m->u.region_info.flags, flags, VFUX_COUNT(flags));
+        vfux_render_bits(t, m->u.region_info.flags, flags, sizeof(flags));
         vfux_text_hex(t, " offset ", m->u.region_info.offset);
     }
     vfux_text_dec(t, " argsz ", m->u.region_info.argsz);
@@ -3754,12 +3634,12 @@ static void vfux_render_io_fds(vfux_text *t, const vfu_msg *m)
 
 static void vfux_render_irq_set(vfux_text *t, const vfu_msg *m)
 {
-    static const char *const flags[] = {"none", "bool", "eventfd", "mask", "unmask", "trigger"};
+    static const char flags[] = "none\0bool\0eventfd\0mask\0unmask\0trigger";
 
     vfux_render_irq(t, m->u.irq_set.index);
     vfux_text_dec(t, " start ", m->u.irq_set.start);
     vfux_text_dec(t, " count ", m->u.irq_set.count);
-    vfux_render_bits(t, m->u.irq_set.flags, flags, VFUX_COUNT(flags));
+    vfux_render_bits(t, m->u.irq_set.flags, flags, sizeof(flags));
     vfux_render_data(t, m->u.irq_set.data, m->u.irq_set.data_len);
 }
 
@@ -3781,14 +3661,10 @@ static void vfux_render_write_multi(vfux_text *t, const vfu_msg *m)
 
 static void vfux_render_feature(vfux_text *t, const vfu_msg *m)
 {
-    static const char *const names[] = {
-        NULL, "MIGRATION", "MIG_STATE", NULL, NULL, NULL, "LOGGING_START", "LOGGING_STOP", "LOGGING_REPORT",
-    };
-    static const char *const what[] = {"get", "set", "probe"};
-    static const char *const migration[] = {"stop-copy", "p2p", "pre-copy"};
-    static const char *const states[] = {
-        "ERROR", "STOP", "RUNNING", "STOP_COPY", "RESUMING", "RUNNING_P2P", "PRE_COPY", "PRE_COPY_P2P",
-    };
+    static const char names[] = "\0MIGRATION\0MIG_STATE\0\0\0\0LOGGING_START\0LOGGING_STOP\0LOGGING_REPORT";
+    static const char what[] = "get\0set\0probe";
+    static const char migration[] = "stop-copy\0p2p\0pre-copy";
+    static const char states[] = "ERROR\0STOP\0RUNNING\0STOP_COPY\0RESUMING\0RUNNING_P2P\0PRE_COPY\0PRE_COPY_P2P";
     vfu_wire_feature_migration mig;
     vfu_wire_feature_mig_state state;
     vfu_wire_feature_log_control control;
@@ -3797,13 +3673,13 @@ static void vfux_render_feature(vfux_text *t, const vfu_msg *m)
     const uint8_t *bitmap;
     uint32_t n;
 
-    vfux_render_name(t, names, VFUX_COUNT(names), " feature ", m->u.feature.flags & VFU_FEATURE_INDEX_MASK);
-    vfux_render_bits(t, m->u.feature.flags >> 16, what, VFUX_COUNT(what));
+    vfux_render_name(t, names, sizeof(names), " feature ", m->u.feature.flags & VFU_FEATURE_INDEX_MASK);
+    vfux_render_bits(t, m->u.feature.flags >> 16, what, sizeof(what));
     vfux_text_dec(t, " argsz ", m->u.feature.argsz);
     if (vfu_feature_migration(m, &mig) == 0) {
-        vfux_render_bits(t, mig.flags, migration, VFUX_COUNT(migration));
+        vfux_render_bits(t, mig.flags, migration, sizeof(migration));
     } else if (vfu_feature_mig_state(m, &state) == 0) {
-        vfux_render_name(t, states, VFUX_COUNT(states), " state ", state.state);
+        vfux_render_name(t, states, sizeof(states), " state ", state.state);
     } else if (vfu_feature_log_control(m, &control) == 0) {
         vfux_text_hex(t, " page ", control.page_size);
         vfux_text_dec(t, " ranges ", control.num_ranges);
@@ -3825,10 +3701,10 @@ static void vfux_render_feature(vfux_text *t, const vfu_msg *m)
 
 static void vfux_render_payload(vfux_text *t, const vfu_msg *m)
 {
-    static const char *const unmap_flags[] = {"dirty-bitmap", "all"};
-    static const char *const device_flags[] = {"reset", "pci"};
-    static const char *const irq_flags[] = {"eventfd", "maskable", "automasked", "noresize"};
-    static const char *const access[] = {" none", " r", " w", " rw"};
+    static const char unmap_flags[] = "dirty-bitmap\0all";
+    static const char device_flags[] = "reset\0pci";
+    static const char irq_flags[] = "eventfd\0maskable\0automasked\0noresize";
+    static const char access[][6] = {" none", " r", " w", " rw"};
     bool reply = vfu_msg_is_reply(m);
 
     switch (m->cmd) {
@@ -3854,12 +3730,12 @@ static void vfux_render_payload(vfux_text *t, const vfu_msg *m)
         vfux_text_hex(t, " iova ", m->u.dma_unmap.address);
         vfux_text_hex(t, " size ", m->u.dma_unmap.size);
         if (m->u.dma_unmap.flags != 0) {
-            vfux_render_bits(t, m->u.dma_unmap.flags, unmap_flags, VFUX_COUNT(unmap_flags));
+            vfux_render_bits(t, m->u.dma_unmap.flags, unmap_flags, sizeof(unmap_flags));
         }
         break;
     case VFU_CMD_DEVICE_GET_INFO:
         if (reply) {
-            vfux_render_bits(t, m->u.device_info.flags, device_flags, VFUX_COUNT(device_flags));
+            vfux_render_bits(t, m->u.device_info.flags, device_flags, sizeof(device_flags));
             vfux_text_dec(t, " regions ", m->u.device_info.num_regions);
             vfux_text_dec(t, " irqs ", m->u.device_info.num_irqs);
         }
@@ -3871,7 +3747,7 @@ static void vfux_render_payload(vfux_text *t, const vfu_msg *m)
         vfux_render_irq(t, m->u.irq_info.index);
         if (reply) {
             vfux_text_dec(t, " count ", m->u.irq_info.count);
-            vfux_render_bits(t, m->u.irq_info.flags, irq_flags, VFUX_COUNT(irq_flags));
+            vfux_render_bits(t, m->u.irq_info.flags, irq_flags, sizeof(irq_flags));
         }
         vfux_text_dec(t, " argsz ", m->u.irq_info.argsz);
         break;
@@ -3917,10 +3793,10 @@ VFU_API int vfu_msg_render(const vfu_msg *msg, char *out, size_t cap)
 
     vfux_text_add(&t, vfu_msg_is_reply(msg) ? "<- 0x" : "-> 0x");
     vfux_text_digits(&t, msg->id, true, 4);
-    vfux_render_name(&t, vfux_cmd_names, VFUX_COUNT(vfux_cmd_names), " command ", msg->cmd);
+    vfux_render_name(&t, vfux_cmd_names, sizeof(vfux_cmd_names), " command ", msg->cmd);
     if (vfu_msg_is_error(msg)) {
         vfux_text_add(&t, " error");
-        vfux_render_name(&t, vfux_errno_names, VFUX_COUNT(vfux_errno_names), " ", msg->error);
+        vfux_render_name(&t, vfux_errno_names, sizeof(vfux_errno_names), " ", msg->error);
     } else {
         vfux_render_payload(&t, msg);
     }

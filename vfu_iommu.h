@@ -1115,13 +1115,15 @@ static int vfux_reader_open(vfu_iommu *t, vfu_iommu_reader **out, bool local)
 VFU_API int vfu_iommu_reader_open(vfu_iommu *t, vfu_iommu_reader **out) { return vfux_reader_open(t, out, false); }
 VFU_API int vfu_iommu_reader_open_local(vfu_iommu *t, vfu_iommu_reader **out) { return vfux_reader_open(t, out, true); }
 
+static inline bool vfux_is_idle(vfu_iommu_reader *r) { return !atomic_load(&r->hazard[0]) && !atomic_load(&r->hazard[1]); }
+
 VFU_API void vfu_iommu_reader_close(vfu_iommu_reader *r)
 {
     if (!r)
         return;
     vfu_iommu *t = r->iommu;
     vfux_lock(t);
-    VFU_ASSERT(r->open && !atomic_load(&r->hazard[0]) && !atomic_load(&r->hazard[1]));
+    VFU_ASSERT(r->open && vfux_is_idle(r));
     r->open = false;
     t->closed_walks += atomic_exchange(&r->walks, 0);
     t->closed_faults += atomic_exchange(&r->faults, 0);
