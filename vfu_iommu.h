@@ -1554,14 +1554,13 @@ static char *vfux_host(vfux_node *n, uint64_t iova) { return (char *)n->base + (
 static void vfux_touch_body(void *arg) { (void)*(const volatile char *)arg; }
 
 /* The first address of [iova, iova + len), which is guarded memory at host, that is gone; `bad` is one that could not be
- * touched, NULL if the guard could not say. memmove() may have begun at the end, so the pages below are tried. */
+ * touched, NULL if the guard could not say. memmove() may have begun at the end, so the pages below are tried; all of them if
+ * `bad` is outside, since some machines give the start of its page and some emulators anything. */
 static uint64_t vfux_locate(vfu_iommu *t, uint64_t iova, char *host, size_t len, const void *bad)
 {
-    uintptr_t offset = bad ? (uintptr_t)bad - (uintptr_t)host : len - 1;
+    uintptr_t offset = vfux_min(bad ? (uintptr_t)bad - (uintptr_t)host : UINTPTR_MAX, len - 1);
     size_t page = 0, next;
     const void *ignored;
-    if (offset >= len)
-        return iova; /* not in this memory */
     while ((next = page + (4096 - ((uintptr_t)host + page) % 4096)) <= offset) {
         if (t->desc.guard(t->desc.ctx, vfux_touch_body, host + page, &ignored))
             return iova + page;
@@ -1853,7 +1852,6 @@ static void vfux_word_body(void *arg)
 #if ATOMIC_LLONG_LOCK_FREE == 2
     case 8: VFUX_TOUCH(word, uint64_t, memory_order_acquire, memory_order_release); break;
 #endif
-    default: break;
     }
 }
 #undef VFUX_TOUCH

@@ -811,7 +811,11 @@ END_TEST
 START_TEST(submitted)
 {
     static const vfu_wire_region_info info = {.argsz = 32, .flags = VFU_REGION_INFO_READ | VFU_REGION_INFO_MMAP, .size = PAGE};
-    uint8_t feature[8 + 16] = {24, 0, 0, 0, 1, 0, 1, 0, 'd', 'a', 't', 'a'}, buf[16];
+    struct {
+        vfu_wire_feature head;
+        uint8_t data[16];
+    } feature = {{24, VFU_FEATURE_GET | 1}, "data"};
+    uint8_t buf[16];
     int file = memfd("region", PAGE, 0), fds[4] = {file, file, file, file}, got[3];
     vfu_completion done;
     vfu_client *client = script_open();
@@ -833,7 +837,7 @@ START_TEST(submitted)
         request = (vfu_client_request){.msg = {.cmd = VFU_CMD_DEVICE_FEATURE, .u.feature = {.argsz = 24, .flags = VFU_FEATURE_GET | 1}},
                                        .buf = buf,
                                        .room = round ? 16 : 15,
-                                       .user = feature};
+                                       .user = &feature};
         int id = vfu_client_submit(client, &request);
         must(id);
         ck_assert_int_eq(peer_receive(&server), 0); /* it waits for others */
@@ -841,11 +845,11 @@ START_TEST(submitted)
         ck_assert_int_eq(vfu_client_flush(client), 0);
         ck_assert_int_eq(heard().id, id);
         script_id = (uint16_t)id;
-        reply(VFU_CMD_DEVICE_FEATURE, feature, sizeof(feature));
+        reply(VFU_CMD_DEVICE_FEATURE, &feature, sizeof(feature));
         ck_assert_int_eq(vfu_client_poll(client, &done), 1);
         ck_assert_int_eq(done.result, round ? 0 : -EMSGSIZE);
         ck_assert_int_eq(done.id, id);
-        ck_assert_ptr_eq(done.user, feature);
+        ck_assert_ptr_eq(done.user, &feature);
         ck_assert_uint_eq(done.reply.u.feature.data_len, round ? 16 : 0);
         if (round)
             ck_assert_mem_eq(done.reply.u.feature.data, "data", 4);

@@ -278,7 +278,7 @@ typedef struct access_reply {
 
 typedef struct feature_reply {
     vfu_wire_feature head;
-    uint8_t payload[40];
+    uint32_t payload[10];
 } feature_reply;
 
 typedef struct log_reply {

@@ -793,7 +793,7 @@ START_TEST(file_is_truncated)
     for (unsigned round = 0; round < 4; round++) {
         dma = (vfu_dma){.iova = 0x100000 + round, .buf = buf, .len = sizeof(buf) - round, .to_client = round & 1};
         ck_assert_int_eq(vfu_dev_dma(R.dev, &dma), -EFAULT);
-        ck_assert(is_fault(dma.fault, 0x100000 + 5 * PAGE, dma.iova));
+        ck_assert_uint_eq(dma.fault, 0x100000 + 5 * PAGE);
     }
     dma = (vfu_dma){.iova = 0x100000, .buf = buf, .len = 5 * PAGE};
     ck_assert_int_eq(vfu_dev_dma(R.dev, &dma), 0);

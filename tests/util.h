@@ -37,12 +37,6 @@ enum { PAGE = 4096, PATIENCE_MS = 20000 /* how long a test waits for another thr
 /* For tables of bytes that were written down in this order. */
 static inline bool is_little_endian(void) { return *(const uint8_t *)&(const uint16_t){1} == 1; }
 
-/* Some emulators of a processor don't say at which address memory was gone; then the whole access has failed. */
-static inline bool is_fault(uint64_t got, uint64_t exact, uint64_t start)
-{
-    return got == exact || (getenv("VFU_EMULATED") && got == start);
-}
-
 /* The test fails unless expr is 0 or more. */
 #define must(expr) ck_assert_int_ge((expr), 0)
 
