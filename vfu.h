@@ -3953,7 +3953,7 @@ static int64_t vfux_socket_recvmsg(int fd, int flags, void *buf, size_t len, int
     if (n < 0)
         return errno == EWOULDBLOCK ? -EAGAIN : -errno;
     /* By hand: musl's CMSG_NXTHDR does not compile without a warning. */
-    for (size_t at = 0; (size_t)msg.msg_controllen - at >= sizeof(struct cmsghdr);) {
+    for (size_t at = 0; at + sizeof(struct cmsghdr) <= (size_t)msg.msg_controllen;) {
         struct cmsghdr c;
         memcpy(&c, control.bytes + at, sizeof(c));
         if (c.cmsg_len < CMSG_LEN(0) || c.cmsg_len > (size_t)msg.msg_controllen - at)
@@ -3961,10 +3961,7 @@ static int64_t vfux_socket_recvmsg(int fd, int flags, void *buf, size_t len, int
         size_t count = c.cmsg_level == SOL_SOCKET && c.cmsg_type == SCM_RIGHTS ? (c.cmsg_len - CMSG_LEN(0)) / sizeof(int) : 0;
         for (size_t i = 0; i < count && *fd_count < VFU_FDS_RECEIVABLE; i++)
             memcpy(&fds[(*fd_count)++], control.bytes + at + CMSG_LEN(0) + i * sizeof(int), sizeof(int));
-        size_t step = CMSG_SPACE(c.cmsg_len - CMSG_LEN(0));
-        if (step > (size_t)msg.msg_controllen - at)
-            break;
-        at += step;
+        at += CMSG_SPACE(c.cmsg_len - CMSG_LEN(0));
     }
     return msg.msg_flags & MSG_CTRUNC ? -EBADMSG : n;
 }
@@ -4275,14 +4272,12 @@ static bool vfux_conn_make_room(vfu_conn *conn, size_t len)
     return conn->tx_capacity - conn->tx_end >= len;
 }
 
-/* Queues one message without a system call, for a flush to send it with others. 0; -EAGAIN: it doesn't fit; or what fcntl()
- * says. */
+/* Queues one message with at most VFU_FDS_MAX descriptors without a system call, for a flush to send it with others. 0;
+ * -EAGAIN: it doesn't fit; or what fcntl() says. */
 static int vfux_conn_put(vfu_conn *conn, const void *head, size_t head_len, const void *data, size_t data_len, const int *fds,
                          unsigned fd_count)
 {
     vfu_slice slices[2] = {{head, head_len}, {data, data_len}};
-    if (fd_count > VFU_FDS_MAX)
-        return -EMSGSIZE;
     if (!vfux_conn_make_room(conn, head_len + data_len) || (fd_count && conn->tx_batch_count == VFUX_BATCHES))
         return -EAGAIN;
     return vfux_conn_queue(conn, slices, 0, fds, fd_count);
@@ -4574,8 +4569,6 @@ static bool vfux_pci_build_msix(vfu_pci *pci, const vfu_pci_desc *desc, uint16_t
         pba_end > desc->bar[desc->msix.pba_bar].size)
         return false;
     pci->msix_at = vfux_pci_add(pci, end, link, VFUX_PCI_CAP_MSIX, VFUX_MSIX_LEN);
-    if (!pci->msix_at)
-        return false;
     uint8_t *cap = pci->config + pci->msix_at;
     vfux_put16(cap + VFUX_MSIX_CONTROL, desc->msix.vectors - 1u);
     vfux_put32(cap + 4, desc->msix.table_offset | desc->msix.table_bar);
@@ -4584,11 +4577,9 @@ static bool vfux_pci_build_msix(vfu_pci *pci, const vfu_pci_desc *desc, uint16_t
     return true;
 }
 
-static bool vfux_pci_build_express(vfu_pci *pci, const vfu_pci_desc *desc, uint16_t *end, uint8_t **link)
+static void vfux_pci_build_express(vfu_pci *pci, const vfu_pci_desc *desc, uint16_t *end, uint8_t **link)
 {
     pci->express_at = vfux_pci_add(pci, end, link, VFUX_PCI_CAP_EXPRESS, VFUX_EXPRESS_LEN);
-    if (!pci->express_at)
-        return false;
     uint8_t *cap = pci->config + pci->express_at, *writable = pci->writable + pci->express_at;
     pci->flr = desc->flr;
     vfux_put16(cap + 2, 0x0002);                                            /* version 2, endpoint */
@@ -4604,7 +4595,6 @@ static bool vfux_pci_build_express(vfu_pci *pci, const vfu_pci_desc *desc, uint1
     vfux_put32(cap + 44, 0x00000002); /* supported speeds: 2.5 GT/s */
     vfux_put16(cap + 48, 0x0001);     /* target speed: 2.5 GT/s */
     vfux_put16(writable + 48, 0x000f);
-    return true;
 }
 
 static bool vfux_pci_build_msi(vfu_pci *pci, const vfu_pci_desc *desc, uint16_t *end, uint8_t **link)
@@ -4615,8 +4605,6 @@ static bool vfux_pci_build_msi(vfu_pci *pci, const vfu_pci_desc *desc, uint16_t 
     if (1u << log2 != desc->msi.vectors || log2 > 5)
         return false;
     pci->msi_at = vfux_pci_add(pci, end, link, VFUX_PCI_CAP_MSI, desc->msi.mask ? VFUX_MSI_MASK_LEN : VFUX_MSI_LEN);
-    if (!pci->msi_at)
-        return false;
     uint8_t *cap = pci->config + pci->msi_at, *writable = pci->writable + pci->msi_at;
     pci->msi_mask = desc->msi.mask;
     vfux_put16(cap + VFUX_MSI_CONTROL, 0x0080u | log2 << 1 | (desc->msi.mask ? 0x0100u : 0)); /* 64-bit */
@@ -4677,6 +4665,7 @@ static bool vfux_pci_build_extended(vfu_pci *pci, const vfu_pci_desc *desc)
     return true;
 }
 
+/* The four capabilities before those of the vendor always have room. */
 static bool vfux_pci_build_caps(vfu_pci *pci, const vfu_pci_desc *desc)
 {
     uint16_t end = VFUX_PCI_FIRST_CAP;
@@ -4691,8 +4680,8 @@ static bool vfux_pci_build_caps(vfu_pci *pci, const vfu_pci_desc *desc)
         return false;
     if (desc->msix.vectors && !vfux_pci_build_msix(pci, desc, &end, &link))
         return false;
-    if (desc->express && !vfux_pci_build_express(pci, desc, &end, &link))
-        return false;
+    if (desc->express)
+        vfux_pci_build_express(pci, desc, &end, &link);
     for (unsigned i = 0; i < desc->vendor_cap_count; i++) {
         const vfu_pci_vendor_cap *vendor = &desc->vendor_caps[i];
         uint16_t at = vfux_pci_add(pci, &end, &link, VFUX_PCI_CAP_VENDOR, 3u + vendor->len);
@@ -4937,7 +4926,7 @@ struct vfu_dev {
     size_t reply_len; /* bytes of replies that are held back */
     vfu_dma *dmas;    /* under way, the oldest first */
     uint8_t *data;    /* payload of the reply in the making */
-    size_t data_size;
+    size_t data_size; /* of the largest message, so that the payload of every request fits */
     vfux_region *regions;
     uint32_t region_count;
     vfu_frame frame;
@@ -6399,10 +6388,6 @@ static int vfux_write_multi(vfu_dev *dev, vfux_answer *answer)
 
 static int vfux_on_write_multi(vfu_dev *dev, const vfu_msg *request, vfux_answer *answer)
 {
-    if (request->u.write_multi.data_len > dev->data_size) {
-        dev->why = "more writes than max_data_xfer_size";
-        return -EINVAL;
-    }
     if (request->u.write_multi.data_len)
         memcpy(dev->data, request->u.write_multi.data, request->u.write_multi.data_len); /* the frame is gone if one is pending */
     dev->multi_done = 0;
@@ -6551,12 +6536,6 @@ static int vfux_on_feature(vfu_dev *dev, const vfu_msg *request, vfux_answer *an
     dev->why = "the feature can't be used that way";
     if (flags & ~(VFU_FEATURE_INDEX_MASK | VFU_FEATURE_GET | VFU_FEATURE_SET | VFU_FEATURE_PROBE) || asked & ~methods)
         return -EINVAL;
-    if (!(flags & VFU_FEATURE_PROBE) && asked != VFU_FEATURE_GET && asked != VFU_FEATURE_SET)
-        return -EINVAL;
-    if (request->u.feature.data_len > dev->data_size) {
-        dev->why = "the payload is too long";
-        return -EINVAL;
-    }
     /* The reply repeats the request; a feature that is fetched replaces the data. */
     if (request->u.feature.data_len)
         memcpy(dev->data, request->u.feature.data, request->u.feature.data_len);
@@ -7578,10 +7557,8 @@ static bool vfux_client_areas_fit(const vfu_msg *reply)
     uint64_t size = reply->u.region_info.size;
     uint32_t count;
     while (vfu_msg_next_cap(reply, &cap)) {
-        if (cap.id != VFU_REGION_CAP_SPARSE_MMAP)
+        if (cap.id != VFU_REGION_CAP_SPARSE_MMAP || vfu_region_cap_areas(&cap, &count))
             continue;
-        if (vfu_region_cap_areas(&cap, &count))
-            return false;
         for (uint32_t i = 0; i < count; i++)
             if (vfu_region_cap_area(&cap, i, &area) || area.size > size || area.offset > size - area.size)
                 return false;
@@ -8020,11 +7997,9 @@ static int vfux_client_start(vfu_client *client, vfu_msg *msg, const int *fds, u
     msg->id = client->next_id++;
     if (!client->main.conn)
         return -EPIPE;
-    int err = fd_count > client->server.max_msg_fds
+    int err = fd_count > vfux_min(client->server.max_msg_fds, VFU_FDS_MAX)
                   ? -EINVAL
                   : vfux_client_put(client->main.conn, msg, fds, fd_count, client->main.conn->max_msg);
-    if (err == -EMSGSIZE)
-        err = -EINVAL; /* more descriptors than anybody takes */
     if (err && err != -EAGAIN && err != -EINVAL)
         err = vfux_client_lost(client, err, NULL);
     if (!err)

@@ -881,6 +881,220 @@ START_TEST(submitted)
 }
 END_TEST
 
+/* Every command can be submitted; the data of its reply goes to the request's buffer. */
+START_TEST(every_command)
+{
+    static const vfu_wire_dma_unmap unmap = {24, 0, 0x1000, PAGE};
+    static const vfu_wire_region_io_fds io_fds = {.argsz = 16, .index = 3};
+    static const vfu_wire_write_one one = {.region = 2, .count = 4};
+    static const vfu_wire_write_multi multi = {1};
+    static const struct {
+        vfu_wire_feature head;
+        uint8_t data[8];
+    } feature = {{16, VFU_FEATURE_GET | 99}, "data"};
+    static const struct {
+        vfu_wire_mig_data head;
+        uint8_t data[8];
+    } mig = {{16, 8}, "data"};
+    const struct {
+        vfu_msg msg;
+        const void *reply;
+        uint32_t len, data_len;
+    } cases[] = {
+        {{.cmd = VFU_CMD_DMA_UNMAP, .u.dma_unmap = {.argsz = 24, .address = 0x1000, .size = PAGE}}, &unmap, sizeof(unmap), 0},
+        {{.cmd = VFU_CMD_DEVICE_GET_REGION_IO_FDS, .u.region_io_fds = {.argsz = 16, .index = 3}}, &io_fds, sizeof(io_fds), 0},
+        {{.cmd = VFU_CMD_DEVICE_SET_IRQS,
+          .u.irq_set = {.argsz = 20, .flags = VFU_IRQ_SET_DATA_NONE | VFU_IRQ_SET_ACTION_TRIGGER}},
+         NULL, 0, 0},
+        {{.cmd = VFU_CMD_REGION_WRITE_MULTI, .u.write_multi = {.count = 1, .data = (const uint8_t *)&one, .data_len = sizeof(one)}},
+         &multi, sizeof(multi), 0},
+        {{.cmd = VFU_CMD_DEVICE_FEATURE, .u.feature = {.argsz = 16, .flags = VFU_FEATURE_GET | 99}}, &feature, sizeof(feature), 8},
+        {{.cmd = VFU_CMD_MIG_DATA_READ, .u.mig_data = {.argsz = 16, .size = 8}}, &mig, sizeof(mig), 8},
+        {{.cmd = VFU_CMD_MIG_DATA_WRITE,
+          .u.mig_data = {.argsz = 16, .size = 8, .data = (const uint8_t *)"12345678", .data_len = 8}},
+         NULL, 0, 0},
+        {{.cmd = VFU_CMD_DEVICE_RESET}, NULL, 0, 0},
+    };
+    vfu_client *client = script_open();
+    for (unsigned i = 0; i < COUNT(cases); i++) {
+        uint8_t buf[8] = {0};
+        vfu_completion done;
+        vfu_client_request request = {.msg = cases[i].msg, .buf = buf, .room = sizeof(buf)};
+        reply(cases[i].msg.cmd, cases[i].reply, cases[i].len);
+        must(vfu_client_submit(client, &request));
+        ck_assert_int_eq(vfu_client_wait(client, VFU_CLIENT_ANY, &done), 1);
+        ck_assert_msg(done.result == 0, "%s: %d", vfu_cmd_name(cases[i].msg.cmd), done.result);
+        ck_assert_uint_eq(done.reply.cmd, cases[i].msg.cmd);
+        ck_assert_uint_eq(heard().cmd, cases[i].msg.cmd);
+        ck_assert_mem_eq(buf, "data", cases[i].data_len / 2);
+    }
+    script_close(client);
+}
+END_TEST
+
+/* Answers the read of 4 bytes of region 2 with this id. */
+static void answer_read(int id, uint8_t byte)
+{
+    const vfu_wire_region_access access = {.region = 2, .count = 4};
+    uint8_t payload[sizeof(access) + 4];
+    memcpy(payload, &access, sizeof(access));
+    memset(payload + sizeof(access), byte, 4);
+    say_as((uint16_t)id, VFU_CMD_REGION_READ, VFU_HDR_REPLY, 0, 16 + sizeof(payload), payload, sizeof(payload), NULL, 0);
+}
+
+/* A request that stays keeps its id, however often the others go round. */
+START_TEST(id_is_in_use)
+{
+    uint32_t first = 0, value = 0;
+    vfu_completion done;
+    vfu_client *client = script_open();
+    int kept = vfu_client_submit_read(client, 2, 0, &first, 4, &first);
+    must(kept);
+    for (unsigned i = 0; i < 1000; i++) {
+        int id = vfu_client_submit_read(client, 2, 0, &value, 4, &value);
+        must(id);
+        ck_assert_int_ne(id, kept);
+        answer_read(id, (uint8_t)i);
+        ck_assert_int_eq(vfu_client_wait(client, id, &done), 1);
+        ck_assert_int_eq(done.result, 0);
+        ck_assert_ptr_eq(done.user, &value);
+        ck_assert_uint_eq(value, (i & 255) * 0x01010101u);
+        while (peer_receive(&server) > 0) {
+        }
+    }
+    answer_read(kept, 77);
+    ck_assert_int_eq(vfu_client_wait(client, kept, &done), 1);
+    ck_assert_int_eq(done.result, 0);
+    ck_assert_ptr_eq(done.user, &first);
+    ck_assert_uint_eq(first, 0x4d4d4d4d);
+    script_close(client);
+}
+END_TEST
+
+/* A server that says it takes 300 descriptors gets as many as anybody takes; and when it doesn't read, those that wait have an
+ * end, and each goes with its message later. */
+START_TEST(descriptors_wait)
+{
+    int file = memfd("many", PAGE, 0), fds[VFU_FDS_MAX + 1], err;
+    unsigned sent = 0, came = 0;
+    vfu_client *client = script_open_with("{\"capabilities\":{\"max_msg_fds\":300}}", 0);
+    vfu_client_request request = {.msg = {.cmd = VFU_CMD_DMA_MAP, .flags = VFU_HDR_NO_REPLY, .u.dma_map = {.argsz = 32, .flags = 3, .size = PAGE}},
+                                  .fds = fds,
+                                  .fd_count = VFU_FDS_MAX + 1};
+    for (unsigned i = 0; i < COUNT(fds); i++)
+        fds[i] = file;
+    ck_assert_int_eq(vfu_client_submit(client, &request), -EINVAL);
+    for (request.fd_count = VFU_FDS_MAX; (err = vfu_client_submit(client, &request)) >= 0; sent++) {
+    }
+    ck_assert_int_eq(err, -EAGAIN);
+    ck_assert_uint_gt(sent, 64);
+    for (unsigned round = 0; came < sent && round < 2 * sent; round++) {
+        while (peer_receive(&server) > 0) {
+            ck_assert_uint_eq(server.fd_count, VFU_FDS_MAX);
+            ck_assert_uint_eq(header_of(server.bytes).cmd, VFU_CMD_DMA_MAP);
+            came++;
+        }
+        vfu_client_flush(client);
+    }
+    ck_assert_uint_eq(came, sent);
+    close(file);
+    script_close(client);
+}
+END_TEST
+
+/* A call waits for room in the queue, for as long as for a reply. */
+START_TEST(call_while_full)
+{
+    static uint8_t data[32 << 10];
+    vfu_wire_device_info info;
+    int err;
+    vfu_client *client = script_open_with("{}", 100);
+    while ((err = vfu_client_post_write(client, 0, 0, data, sizeof(data))) == 0) {
+    }
+    ck_assert_int_eq(err, -EAGAIN);
+    ck_assert_int_eq(vfu_client_info(client, &info), -ETIMEDOUT);
+    check_broken(client);
+    script_close(client);
+}
+END_TEST
+
+/* What comes in one go and is more than one poll handles is handled by the next ones, also when the connection has ended. */
+START_TEST(poll_has_a_budget)
+{
+    enum { MANY = 1500 };
+    static uint8_t asked[MANY][32];
+    static uint8_t data[32 << 10];
+    vfu_completion done;
+    for (unsigned dead = 0; dead < 2; dead++) {
+        unsigned answers = 0;
+        vfu_client *client = script_open();
+        for (unsigned i = 0; i < MANY; i++) {
+            vfu_wire_header header = {.id = (uint16_t)i, .cmd = VFU_CMD_DMA_READ, .size = 32};
+            vfu_wire_dma_access access = {0x1000, 64};
+            memcpy(asked[i], &header, sizeof(header));
+            memcpy(asked[i] + sizeof(header), &access, sizeof(access));
+        }
+        send_all(server.sock, asked, sizeof(asked), NULL, 0);
+        ck_assert_int_eq(vfu_client_poll(client, &done), 0);
+        ck_assert_int_eq(vfu_client_timeout(client), 0);
+        while (peer_receive(&server) > 0)
+            answers++;
+        ck_assert_uint_ge(answers, 1024);
+        ck_assert_uint_lt(answers, MANY);
+        if (dead) {
+            peer_close(&server);
+            ck_assert_int_eq(vfu_client_post_write(client, 0, 0, data, sizeof(data)), -EPIPE);
+            ck_assert_int_eq(vfu_client_poll(client, &done), -EPIPE);
+        } else {
+            ck_assert_int_eq(vfu_client_poll(client, &done), 0);
+            while (peer_receive(&server) > 0)
+                answers++;
+            ck_assert_uint_eq(answers, MANY);
+        }
+        script_close(client);
+    }
+}
+END_TEST
+
+/* The server has closed while something waits to be sent; what it has said before is heard first. */
+START_TEST(flush_fails)
+{
+    static uint8_t data[32 << 10];
+    vfu_completion done;
+    for (unsigned nonsense = 0; nonsense < 2; nonsense++) {
+        uint32_t value = 0;
+        vfu_client *client = script_open();
+        int id = vfu_client_submit_read(client, 2, 0, &value, 4, NULL);
+        must(id);
+        ck_assert_int_eq(vfu_client_flush(client), 0);
+        answer_read(id, 77);
+        if (nonsense)
+            say_as(0, VFU_CMD_REGION_READ, VFU_HDR_REPLY, 0, 15, NULL, 0, NULL, 0);
+        ck_assert_int_eq(vfu_client_post_write(client, 2, 0, data, 4), 0); /* it waits for others */
+        peer_close(&server);
+        ck_assert_int_eq(vfu_client_post_write(client, 2, 0, data, sizeof(data)), -EPIPE);
+        ck_assert_int_eq(vfu_client_wait(client, id, &done), 1);
+        ck_assert_int_eq(done.result, 0);
+        ck_assert_uint_eq(value, 0x4d4d4d4d);
+        script_close(client);
+    }
+}
+END_TEST
+
+/* What the server doesn't take in one message is refused at once. */
+START_TEST(too_much_for_the_server)
+{
+    static vfu_wire_feature_log_range range;
+    uint64_t bitmap[2], page_size = PAGE;
+    vfu_client *client = script_open_with("{\"capabilities\":{\"max_data_xfer_size\":16}}", 0);
+    ck_assert_int_eq(vfu_client_submit_read(client, 2, 0, bitmap, 17, NULL), -EINVAL);
+    ck_assert_int_eq(vfu_client_log_start(client, &page_size, &range, 1), -E2BIG);
+    ck_assert_int_eq(vfu_client_log_report(client, 0, 64 * PAGE, PAGE, bitmap, 2), -E2BIG);
+    ck_assert_int_eq(peer_receive(&server), 0);
+    script_close(client);
+}
+END_TEST
+
 /* Nobody accepts and the backlog is full; or somebody does, and says nothing. */
 START_TEST(connecting_has_a_limit)
 {
@@ -909,6 +1123,125 @@ START_TEST(connecting_has_a_limit)
     close_fds(waiting, count);
     close(sock);
     unlink(path);
+}
+END_TEST
+
+/* ---- reconnecting ------------------------------------------------------------------------------------------------------- */
+
+static vfu_client *script_reconnecting(void)
+{
+    vfu_client *client;
+    vfu_client_desc desc = script_desc(0);
+    int sock = script_start();
+    desc.reconnects = true;
+    reply(VFU_CMD_VERSION, "\0\0\0", 4);
+    ck_assert_int_eq(vfu_client_attach(&client, sock, &desc), 0);
+    return client;
+}
+
+/* The server has gone, and another takes its place. Returns the client's end. */
+static int script_again(void)
+{
+    int pair[2];
+    peer_close(&server);
+    make_pair(pair);
+    server = (peer){.sock = pair[0]};
+    reply(VFU_CMD_VERSION, "\0\0\0", 4);
+    return pair[1];
+}
+
+/* The new server is told what holds now: the mapping at the end of the address space, and no interrupt of an index that was
+ * switched off. */
+START_TEST(tells_what_holds)
+{
+    static uint8_t memory[PAGE];
+    static const uint16_t expected[] = {VFU_CMD_VERSION, VFU_CMD_DEVICE_GET_INFO, VFU_CMD_DMA_MAP};
+    int fds[2] = {event(), event()};
+    vfu_client *client = script_reconnecting();
+    reply(VFU_CMD_DEVICE_SET_IRQS, NULL, 0);
+    ck_assert_int_eq(vfu_client_irq_assign(client, 2, 0, 1, fds), 0);
+    reply(VFU_CMD_DEVICE_SET_IRQS, NULL, 0);
+    ck_assert_int_eq(vfu_client_irq_action(client, 2, 0, 0, VFU_IRQ_SET_ACTION_TRIGGER), 0);
+    reply(VFU_CMD_DMA_MAP, NULL, 0);
+    ck_assert_int_eq(vfu_client_dma_map(client, UINT64_MAX - PAGE + 1, PAGE, VFU_IOMMU_READ, memory, -1, 0), 0);
+    check_usable(client);
+    int sock = script_again();
+    reply(VFU_CMD_DEVICE_GET_INFO, &(vfu_wire_device_info){16, VFU_DEVICE_INFO_PCI, 9, 5}, sizeof(vfu_wire_device_info));
+    reply(VFU_CMD_DMA_MAP, NULL, 0);
+    ck_assert_int_eq(vfu_client_reattach(client, sock), 0);
+    for (unsigned i = 0; i < COUNT(expected); i++)
+        ck_assert_uint_eq(heard().cmd, expected[i]);
+    ck_assert_uint_eq(header_of(server.bytes).size, 48);
+    ck_assert_int_eq(peer_receive(&server), 0);
+    close_fds(fds, 2);
+    script_close(client);
+}
+END_TEST
+
+/* Another device than before is not taken. */
+START_TEST(another_device)
+{
+    static const vfu_wire_device_info others[] = {
+        {16, VFU_DEVICE_INFO_PCI | VFU_DEVICE_INFO_RESET, 9, 5}, {16, VFU_DEVICE_INFO_PCI, 8, 5}, {16, VFU_DEVICE_INFO_PCI, 9, 4}};
+    for (unsigned i = 0; i < COUNT(others); i++) {
+        vfu_client *client = script_reconnecting();
+        check_usable(client);
+        int sock = script_again();
+        reply(VFU_CMD_DEVICE_GET_INFO, &others[i], sizeof(others[i]));
+        ck_assert_int_eq(vfu_client_reattach(client, sock), -ESTALE);
+        check_broken(client);
+        script_close(client);
+    }
+}
+END_TEST
+
+typedef struct region_caps {
+    vfu_wire_region_info info;
+    vfu_wire_cap_type type;
+    vfu_wire_cap_sparse_mmap cap;
+    vfu_wire_sparse_area areas[2];
+} region_caps;
+
+/* The first reply only announces the size. */
+static void say_region(const region_caps *said)
+{
+    vfu_wire_region_info brief = said->info;
+    brief.flags = VFU_REGION_INFO_READ;
+    brief.cap_offset = 0;
+    reply(VFU_CMD_DEVICE_GET_REGION_INFO, &brief, sizeof(brief));
+    reply(VFU_CMD_DEVICE_GET_REGION_INFO, said, sizeof(*said));
+}
+
+/* A region's areas may change while the server is the same: the last that it said is what the next one is compared with. Its
+ * type is a part of it. */
+START_TEST(regions_change)
+{
+    region_caps said = {.info = {.argsz = sizeof(said), .flags = VFU_REGION_INFO_READ | VFU_REGION_INFO_CAPS, .index = 2, .cap_offset = 32, .size = 0x10000},
+                        .type = {{VFU_REGION_CAP_TYPE, 1, 48}, 5, 6},
+                        .cap = {{VFU_REGION_CAP_SPARSE_MMAP, 1, 0}, 2, 0},
+                        .areas = {{0, PAGE}, {2 * PAGE, PAGE}}};
+    vfu_client_region region;
+    for (unsigned change = 0; change < 3; change++) {
+        vfu_client *client = script_reconnecting();
+        for (unsigned round = 0; round < 3; round++) {
+            said.areas[1].size = (1 + round % 2) * PAGE;
+            say_region(&said);
+            ck_assert_int_eq(vfu_client_region_info(client, 2, &region), 0);
+            ck_assert_uint_eq(region.area_count, 2);
+            ck_assert_uint_eq(region.areas[1].size, said.areas[1].size);
+            ck_assert_uint_eq(region.type, 5);
+            ck_assert_uint_eq(region.subtype, 6);
+        }
+        int sock = script_again();
+        said.type.subtype += change == 1;
+        said.areas[0].size += change == 2 ? PAGE : 0;
+        reply(VFU_CMD_DEVICE_GET_INFO, &(vfu_wire_device_info){16, VFU_DEVICE_INFO_PCI, 9, 5}, sizeof(vfu_wire_device_info));
+        say_region(&said);
+        ck_assert_int_eq(vfu_client_reattach(client, sock), change ? -ESTALE : 0);
+        said.type.subtype = 6;
+        said.areas[0].size = PAGE;
+        script_close(client);
+    }
 }
 END_TEST
 
@@ -1020,7 +1353,21 @@ int main(void)
     tc = tcase_create("requests under way");
     tcase_add_checked_fixture(tc, note_fds, check_fds);
     tcase_add_test(tc, submitted);
+    tcase_add_test(tc, every_command);
+    tcase_add_test(tc, id_is_in_use);
+    tcase_add_test(tc, descriptors_wait);
+    tcase_add_test(tc, call_while_full);
+    tcase_add_test(tc, poll_has_a_budget);
+    tcase_add_test(tc, flush_fails);
+    tcase_add_test(tc, too_much_for_the_server);
     tcase_add_test(tc, connecting_has_a_limit);
+    suite_add_tcase(suite, tc);
+
+    tc = tcase_create("reconnecting");
+    tcase_add_checked_fixture(tc, note_fds, check_fds);
+    tcase_add_test(tc, tells_what_holds);
+    tcase_add_test(tc, another_device);
+    tcase_add_test(tc, regions_change);
     suite_add_tcase(suite, tc);
 
     tc = tcase_create("misuse and shortage");

@@ -479,6 +479,8 @@ static const misdeed misdeeds[] = {
     ROW("goes to another migration state than asked", ASK(mig_go, DEVICE_FEATURE), STAYS, -EIO, {FEATURE(GET | 1)},
         {DATA(feature_reply, {48, GET | 2}, {2})}, {DATA(feature_reply, {48, SET | 2}, {1})},
         {DATA(feature_reply, {48, GET | 2}, {4})}),
+    ROW("dies on the way to another migration state", ASK(mig_go, DEVICE_FEATURE), STOPS_TALKING, -EPIPE, {FEATURE(GET | 1)},
+        {DATA(feature_reply, {48, GET | 2}, {2})}),
     ROW("has more migration data than asked for", ASK(mig_read, MIG_DATA_READ), STAYS, -EPROTO,
         {DATA(mig_reply, .head = {24, 16})}),
     ROW("has less migration data than it says", ASK(mig_read, MIG_DATA_READ), STAYS, -EPROTO, {DATA(vfu_wire_mig_data, 16, 8)}),

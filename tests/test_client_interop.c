@@ -166,6 +166,16 @@ START_TEST(shadow_ioeventfd)
     ck_assert_int_eq(peer_receive(&server), 0); /* no message */
     ck_assert_int_eq(ftruncate(fds[2], 0), 0);
     ck_assert_int_eq(vfu_client_region_write(C, 0, 0x1008, &(uint32_t){1}, 4), -EFAULT);
+    /* a shadow that can't be written */
+    char path[32];
+    snprintf(path, sizeof(path), "/proc/self/fd/%d", fds[2]);
+    int read_only = open(path, O_RDONLY | O_CLOEXEC), shadow = fds[2];
+    must(read_only);
+    fds[2] = read_only;
+    reply(VFU_CMD_DEVICE_GET_REGION_INFO, &info, sizeof(info));
+    say_as(script_id++, VFU_CMD_DEVICE_GET_REGION_IO_FDS, VFU_HDR_REPLY, 0, 16 + sizeof(r), &r, sizeof(r), fds, 3);
+    ck_assert_int_eq(vfu_client_region_open(C, 0, VFU_CLIENT_BY_EVENTFD), -ENODEV);
+    close(shadow);
     close_fds(fds, 3);
     end();
 }

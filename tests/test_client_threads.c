@@ -210,7 +210,9 @@ START_TEST(by_eventfd)
     const vfu_io_fd io[] = {
         {.region = 0, .type = VFU_IO_FD_IOEVENTFD, .offset = 0x80, .size = 4, .fd = plain},
         {.region = 0, .type = VFU_IO_FD_IOEVENTFD, .offset = 0x84, .size = 0, .fd = plain},
-        {.region = 0, .type = VFU_IO_FD_IOEVENTFD, .offset = 0x88, .size = 2, .fd = matching, .flags = DATAMATCH, .data = 7}};
+        {.region = 0, .type = VFU_IO_FD_IOEVENTFD, .offset = 0x88, .size = 2, .fd = matching, .flags = DATAMATCH, .data = 7},
+        {.region = 0, .type = VFU_IO_FD_IOEVENTFD, .offset = 0x90, .size = 1, .fd = matching, .flags = DATAMATCH, .data = 7},
+        {.region = 0, .type = VFU_IO_FD_IOEVENTFD, .offset = 0x98, .size = 8, .fd = matching, .flags = DATAMATCH, .data = UINT64_C(7) << 40}};
     static const struct {
         uint64_t offset, value;
         size_t len;
@@ -218,15 +220,16 @@ START_TEST(by_eventfd)
     } writes[] = {
         {0x80, 1, 4, 1, 0}, {0x80, 1, 2, 0, 0}, {0x80, 1, 8, 0, 0}, {0x81, 1, 4, 0, 0}, {0x84, 9, 1, 1, 0},
         {0x84, 9, 2, 1, 0}, {0x84, 9, 4, 1, 0}, {0x84, 9, 8, 1, 0}, {0x84, 9, 3, 0, 0}, {0x88, 7, 2, 0, 1},
-        {0x88, 8, 2, 0, 0}, {0x88, 7, 4, 0, 0}, {0x88, 7, 1, 0, 0},
+        {0x88, 8, 2, 0, 0}, {0x88, 7, 4, 0, 0}, {0x88, 7, 1, 0, 0}, {0x90, 7, 1, 0, 1}, {0x90, 8, 1, 0, 0},
+        {0x98, UINT64_C(7) << 40, 8, 0, 1}, {0x98, 7, 8, 0, 0},
     };
-    vfu_client_io_fd list[4];
+    vfu_client_io_fd list[6];
     int fds[VFU_FDS_MAX];
     vfu_dev_desc desc = device_desc();
     desc.io_fds = io;
     desc.io_fd_count = COUNT(io);
     vfu_client *client = device_start(&desc, NULL);
-    ck_assert_int_eq(vfu_client_io_fds(client, 0, list, COUNT(list), fds), 3);
+    ck_assert_int_eq(vfu_client_io_fds(client, 0, list, COUNT(list), fds), COUNT(io));
     ck_assert_uint_eq(list[2].offset, 0x88);
     ck_assert_uint_eq(list[2].data, 7);
     ck_assert_uint_eq(list[2].flags, DATAMATCH);
