@@ -1790,10 +1790,8 @@ static int vfux_copy_piece(vfu_iommu_reader *r, vfux_copy *c, uint64_t *at, uint
 static bool vfux_find_gone(vfu_iommu_reader *r, uint64_t iova, uint64_t len, uint64_t *at)
 {
     bool found = false;
-    for (uint64_t done = 0; done < len && !found;) {
-        vfux_node *n = vfux_hold(r, 0, iova + done);
-        if (!n)
-            break;
+    vfux_node *n;
+    for (uint64_t done = 0; done < len && !found && (n = vfux_hold(r, 0, iova + done));) {
         size_t part = (size_t)vfux_min(vfux_min(len - done, VFU_IOMMU_PIECE), vfux_last(n) - (iova + done) + 1);
         char *host = n->flags & VFU_IOMMU_GUARDED ? vfux_host(n, iova + done) : NULL;
         const void *ignored;

@@ -8,6 +8,7 @@
  */
 #include "util.h"
 
+#include <signal.h>
 #include <sys/timerfd.h>
 
 static rig R;
@@ -803,6 +804,67 @@ START_TEST(file_is_truncated)
     must(ftruncate(file, FILE_PAGES * PAGE)); /* and comes back */
     dma = (vfu_dma){.iova = 0x100000, .buf = buf, .len = sizeof(buf), .to_client = true};
     ck_assert_int_eq(vfu_dev_dma(R.dev, &dma), 0);
+    check_healthy(&R);
+    close(file);
+    rig_destroy(&R);
+}
+END_TEST
+
+static volatile sig_atomic_t handled;
+static int gone_file = -1;
+
+static void bring_back(int number)
+{
+    handled += number == SIGBUS && ftruncate(gone_file, PAGE) == 0;
+}
+
+static void bring_back_info(int number, siginfo_t *info, void *context)
+{
+    (void)context;
+    handled += info->si_code == BUS_ADRERR;
+    bring_back(number);
+}
+
+/* A SIGBUS that isn't the library's goes to the handler that the program had before. */
+START_TEST(handler_of_the_program)
+{
+    struct sigaction action = {.sa_handler = bring_back};
+    uint8_t byte = 1;
+    int file = memfd("client's", PAGE, 0);
+    if (_i) {
+        action.sa_flags = SA_SIGINFO;
+        action.sa_sigaction = bring_back_info;
+    }
+    gone_file = memfd("program's", 0, 0);
+    must(sigaction(SIGBUS, &action, NULL));
+    volatile uint8_t *own = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, gone_file, 0);
+    rig_open(&R);
+    ck_assert_int_eq(ask_map(&R, 0, PAGE, RW, file, 0), 0);
+    must(ftruncate(file, 0));
+    vfu_dma dma = {.buf = &byte, .len = 1};
+    ck_assert_int_eq(vfu_dev_dma(R.dev, &dma), -EFAULT);
+    ck_assert_int_eq(handled, 0);
+    ck_assert_uint_eq(*own, 0);
+    ck_assert_int_eq(handled, _i ? 2 : 1);
+    must(ftruncate(gone_file, 0));
+    ck_assert_uint_eq(*own, 0);
+    ck_assert_int_eq(handled, _i ? 4 : 2);
+    check_healthy(&R);
+    munmap((void *)(uintptr_t)own, PAGE);
+    close(file);
+    close(gone_file);
+    rig_destroy(&R);
+}
+END_TEST
+
+/* More than half of the address space is no memory of a client's. */
+START_TEST(half_the_address_space)
+{
+    enum { GIB = 1 << 30 };
+    int file = memfd("large", 0, 0);
+    must(ftruncate(file, INT64_C(3) * GIB));
+    rig_open(&R);
+    ck_assert_int_eq(ask_map(&R, 0, UINT64_C(3) * GIB, RW, file, 0), SIZE_MAX > UINT32_MAX ? 0 : -ENOMEM);
     check_healthy(&R);
     close(file);
     rig_destroy(&R);
@@ -1833,6 +1895,71 @@ static void answer_dma(uint16_t id, uint16_t cmd, uint32_t flags, uint32_t error
     rig_send(&R, bytes, 16 + len, NULL, 0);
 }
 
+/* What fails after messages of the same transfer have been answered ends it, once, with the place. */
+START_TEST(dma_fails_at_last)
+{
+    int file = memfd("gone", PAGE, 0);
+    guest g = new_guest(false, 16);
+    transfer t;
+    for (unsigned to_client = 0; to_client < 2; to_client++) {
+        guest_open(NULL);
+        ck_assert_int_eq(ask_map(&R, GUEST_BASE + GUEST_SIZE, PAGE, RW, file, 0), 0);
+        ck_assert_int_eq(guest_dma(&g, GUEST_BASE, device_buffer, 8, false), 0); /* the layout is known */
+        must(ftruncate(file, 0));
+        start_transfer(&t, GUEST_BASE + PAGE, device_buffer, GUEST_SIZE, to_client);
+        ck_assert_int_eq(vfu_dev_dma(R.dev, &t.dma), 1);
+        guest_serve(&g);
+        ck_assert_uint_eq(t.calls, 1);
+        ck_assert_int_eq(t.result, -EFAULT);
+        ck_assert_uint_eq(t.dma.fault, GUEST_BASE + GUEST_SIZE);
+        must(ftruncate(file, PAGE));
+        check_healthy(&R);
+        rig_destroy(&R);
+    }
+    close(file);
+}
+END_TEST
+
+/* A client that leaves in the midst of finding out which layout it has: nothing stays under way. */
+START_TEST(dma_layout_and_gone)
+{
+    static const uint8_t zeros[64];
+    static const uint8_t answers[] = {0, 1, 2}; /* messages that it answers before it closes */
+    for (unsigned a = 0; a < COUNT(answers); a++) {
+        transfer t[3];
+        uint8_t bytes[3][32 + 64];
+        guest_open(NULL);
+        for (unsigned i = 0; i < COUNT(t); i++) { /* reads of zeros fit both layouts */
+            start_transfer(&t[i], GUEST_BASE + i * PAGE, device_buffer + i * PAGE, sizeof(zeros), false);
+            ck_assert_int_eq(vfu_dev_dma(R.dev, &t[i].dma), 1);
+        }
+        settle(R.dev);
+        for (unsigned i = 0; i < answers[a]; i++) {
+            vfu_wire_dma_access access = next_dma(VFU_CMD_DMA_READ);
+            size_t len = put(bytes[i], header_of(R.client.bytes).id, VFU_CMD_DMA_READ, VFU_HDR_REPLY, &access, sizeof(access));
+            vfu_wire_header header = header_of(bytes[i]);
+            header.size = (uint32_t)(len + access.count);
+            ck_assert_uint_le(header.size, sizeof(bytes[i]));
+            memcpy(bytes[i], &header, sizeof(header));
+            memset(bytes[i] + len, 0, access.count);
+            must(send(R.client.sock, bytes[i], header.size, 0));
+            if (i + 1 == answers[a])
+                peer_close(&R.client);
+            else
+                settle(R.dev);
+        }
+        peer_close(&R.client);
+        settle(R.dev);
+        for (unsigned i = 0; i < COUNT(t); i++) {
+            ck_assert_uint_le(t[i].calls, 1); /* it failed, or was forgotten */
+            ck_assert(t[i].result == 0 || t[i].result == -EIO);
+            ck_assert(!t[i].dma.active);
+        }
+        rig_destroy(&R);
+    }
+}
+END_TEST
+
 /* Wrong answers: -EIO, or it is no answer at all and the right one is still awaited. */
 START_TEST(dma_wrong_answers)
 {
@@ -2589,6 +2716,118 @@ START_TEST(no_memory_for_a_client)
 }
 END_TEST
 
+/* A client that asks for much and leaves: the replies that were held back meet a closed socket. */
+START_TEST(asks_and_leaves)
+{
+    uint8_t bytes[128];
+    vfu_dev_desc desc = rig_desc(&R);
+    serve_at_address(&desc);
+    for (unsigned both = 0; both < 2; both++) {
+        vfu_wire_region_access read = {.offset = 0, .region = 0, .count = 4};
+        vfu_wire_region_info info = {.argsz = 64, .index = 2}; /* its reply has a descriptor */
+        come_in();
+        greet(&R);
+        unsigned disconnects = R.disconnects;
+        size_t len = put(bytes, 1, VFU_CMD_REGION_READ, 0, &read, sizeof(read));
+        len += put(bytes + len, 2, both ? VFU_CMD_DEVICE_GET_REGION_INFO : VFU_CMD_REGION_READ, 0, both ? (void *)&info : (void *)&read,
+                   both ? sizeof(info) : sizeof(read));
+        must(send(R.client.sock, bytes, len, 0));
+        rig_leave(&R);
+        ck_assert_uint_eq(R.disconnects, disconnects + 1);
+    }
+    come_in();
+    greet(&R);
+    check_healthy(&R);
+    rig_destroy(&R);
+}
+END_TEST
+
+/* No descriptor is left for a client: the listening device waits a little, and polls in between do nothing. */
+START_TEST(no_descriptor_for_a_client)
+{
+    struct rlimit before, limit;
+    vfu_dev_desc desc = rig_desc(&R);
+    serve_at_address(&desc);
+    come_in();
+    int next = null_fd();
+    close(next);
+    must(getrlimit(RLIMIT_NOFILE, &before));
+    limit = (struct rlimit){.rlim_cur = (rlim_t)next, .rlim_max = before.rlim_max};
+    must(setrlimit(RLIMIT_NOFILE, &limit));
+    for (unsigned i = 0; i < 10; i++)
+        ck_assert_int_eq(vfu_dev_poll(R.dev), 0);
+    must(setrlimit(RLIMIT_NOFILE, &before));
+    ck_assert_int_eq(vfu_dev_poll(R.dev), 0); /* too early */
+    ck_assert_int_gt(vfu_dev_timeout(R.dev), 0);
+    poll(NULL, 0, vfu_dev_timeout(R.dev) + 1);
+    greet(&R);
+    rig_destroy(&R);
+}
+END_TEST
+
+static unsigned said[VFU_LEVEL_TRACE + 1];
+
+static void count_lines(void *ctx, vfu_level level, const char *line)
+{
+    (void)ctx, (void)line;
+    said[level]++;
+}
+
+/* What is above the logger's level isn't said. */
+START_TEST(log_levels)
+{
+    for (vfu_level level = VFU_LEVEL_ERROR; level <= VFU_LEVEL_TRACE; level++) {
+        uint8_t byte;
+        memset(said, 0, sizeof(said));
+        vfu_dev_desc desc = rig_desc(&R);
+        desc.logger = (vfu_logger){.write = count_lines, .level = level};
+        rig_create(&R, &desc);
+        rig_connect(&R);
+        greet(&R);
+        ck_assert_int_eq(ask_read(&R, 77, 0, &byte, 1), -EINVAL);
+        for (vfu_level l = VFU_LEVEL_ERROR; l <= VFU_LEVEL_TRACE; l++)
+            if (l > level)
+                ck_assert_uint_eq(said[l], 0);
+        ck_assert_uint_eq(said[VFU_LEVEL_WARNING], level >= VFU_LEVEL_WARNING);
+        ck_assert_uint_eq(said[VFU_LEVEL_TRACE] != 0, level == VFU_LEVEL_TRACE);
+        rig_destroy(&R);
+    }
+}
+END_TEST
+
+static vfu_iommu_pin kept_pin;
+
+/* The device's own thread lets go of memory when it hears that somebody waits for it. */
+static void let_go(void *ctx, vfu_level level, const char *line)
+{
+    (void)ctx;
+    if (level == VFU_LEVEL_ERROR && strstr(line, "still holds memory"))
+        vfu_iommu_pin_drop(vfu_dev_iommu(R.dev), &kept_pin);
+}
+
+/* Memory that the device holds when the client leaves is awaited, and that is said. */
+START_TEST(pinned_at_the_end)
+{
+    vfu_iommu_reader *reader;
+    vfu_iommu_segment segment;
+    int file = memfd("pinned", PAGE, F_SEAL_SHRINK);
+    vfu_dev_desc desc = rig_desc(&R);
+    desc.logger.write = let_go;
+    rig_create(&R, &desc);
+    rig_connect(&R);
+    greet(&R);
+    ck_assert_int_eq(ask_map(&R, 0, PAGE, RW, file, 0), 0);
+    ck_assert_int_eq(vfu_iommu_reader_open(vfu_dev_iommu(R.dev), &reader), 0);
+    ck_assert_int_eq(vfu_iommu_pin_take(reader, &kept_pin, 0, PAGE, VFU_IOMMU_READ, &segment, 1), 1);
+    rig_leave(&R);
+    ck_assert_uint_eq(mappings(R.dev), 0);
+    ck_assert_uint_eq(R.disconnects, 1);
+    vfu_iommu_reader_close(reader);
+    close(file);
+    rig_destroy(&R);
+}
+END_TEST
+
 /* What can't be a device. */
 START_TEST(impossible_devices)
 {
@@ -2648,6 +2887,8 @@ int main(void)
     tcase_add_test(tc, map_descriptors);
     tcase_add_test(tc, one_file_a_thousand_times);
     tcase_add_test(tc, file_is_truncated);
+    tcase_add_loop_test(tc, handler_of_the_program, 0, 2);
+    tcase_add_test(tc, half_the_address_space);
     suite_add_tcase(suite, tc);
 
     tc = tcase_create("info and interrupts");
@@ -2679,6 +2920,8 @@ int main(void)
     tcase_add_loop_test(tc, dma_layout_late, 0, 2);
     tcase_add_test(tc, dma_chunks);
     tcase_add_test(tc, dma_mixed_memory);
+    tcase_add_test(tc, dma_fails_at_last);
+    tcase_add_test(tc, dma_layout_and_gone);
     tcase_add_test(tc, dma_wrong_answers);
     tcase_add_test(tc, dma_unmap_meanwhile);
     tcase_add_test(tc, dma_unmap_beside);
@@ -2702,6 +2945,10 @@ int main(void)
     tcase_add_test(tc, client_that_does_not_read);
     tcase_add_test(tc, allocations_fail);
     tcase_add_test(tc, no_memory_for_a_client);
+    tcase_add_test(tc, asks_and_leaves);
+    tcase_add_test(tc, no_descriptor_for_a_client);
+    tcase_add_test(tc, log_levels);
+    tcase_add_test(tc, pinned_at_the_end);
     tcase_add_test(tc, impossible_devices);
     suite_add_tcase(suite, tc);
     return run_suite(suite);

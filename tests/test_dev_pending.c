@@ -262,6 +262,21 @@ START_TEST(each_request_each_way)
 }
 END_TEST
 
+/* A change of the migration state that ends, later, in no valid state. */
+START_TEST(a_state_that_is_lost)
+{
+    slow *s = &the_slow;
+    slow_open(s);
+    vfu_msg m = request_of(s, STATE, LATER);
+    send_request(&s->r, &m, NULL, 0);
+    ck_assert_int_eq(vfu_dev_complete(s->r.dev, s->ticket, -ENOTRECOVERABLE, NULL, 0), 0);
+    ck_assert_int_eq(reply_to(&s->r, m.id, VFU_CMD_DEVICE_FEATURE), -ENOTRECOVERABLE);
+    ck_assert_int_eq(vfu_dev_migration_state(s->r.dev), VFU_MIG_STATE_ERROR);
+    check_healthy(&s->r);
+    rig_destroy(&s->r);
+}
+END_TEST
+
 /* A command that must not be answered isn't, but those behind it wait. */
 START_TEST(posted_writes_wait_too)
 {
@@ -879,6 +894,7 @@ int main(void)
     Suite *suite = suite_create("device: answers that come later");
     TCase *one = tcase_create("one request");
     tcase_add_test(one, each_request_each_way);
+    tcase_add_test(one, a_state_that_is_lost);
     tcase_add_test(one, posted_writes_wait_too);
     tcase_add_test(one, only_the_right_completion_counts);
     tcase_add_test(one, a_ticket_without_pending_is_void);

@@ -773,6 +773,67 @@ START_TEST(callbacks_may_use_the_table)
 }
 END_TEST
 
+/* What a callback changes behind itself is seen: an access that was checked before is refused from there on. */
+static struct {
+    uint64_t iova;
+    uint32_t prot;
+} change;
+
+static int io_changing_read(void *ctx, uint64_t iova, void *dst, size_t len)
+{
+    vfu_iommu_mapping m = {.iova = change.iova, .size = 0x1000, .prot = change.prot, .host = page_memory[3]};
+    (void)ctx, (void)iova;
+    memset(dst, 'c', len);
+    if (!change.iova)
+        return 0;
+    change.iova = 0;
+    ck_assert_int_eq(vfu_iommu_unmap(table, m.iova, m.size), 1);
+    return m.prot ? vfu_iommu_map(table, &m) : 0;
+}
+
+static int copy_or_read(bool copy)
+{
+    static char buffer[0x2000];
+    return copy ? vfu_iommu_copy(reader, 0x8000, 0x1000, 0x2000) : vfu_iommu_read(reader, 0x1000, buffer, 0x2000);
+}
+
+START_TEST(callbacks_may_change_what_follows)
+{
+    static const vfu_iommu_io changing = {.read = io_changing_read};
+    static const struct {
+        bool copy;
+        uint64_t changed;
+        uint32_t to;
+        int err;
+        uint32_t prot;
+    } cases[] = {
+        {false, 0x2000, 0, -ENOENT, VFU_IOMMU_READ},
+        {false, 0x2000, VFU_IOMMU_WRITE, -EACCES, VFU_IOMMU_READ},
+        {false, 0x2000, VFU_IOMMU_READ, 0, 0},
+        {true, 0x2000, 0, -ENOENT, VFU_IOMMU_READ},
+        {true, 0x2000, VFU_IOMMU_WRITE, -EACCES, VFU_IOMMU_READ},
+        {true, 0x9000, 0, -ENOENT, VFU_IOMMU_WRITE},
+        {true, 0x9000, VFU_IOMMU_READ, -EACCES, VFU_IOMMU_WRITE},
+        {true, 0x9000, RW, 0, 0},
+    };
+    for (unsigned i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+        make_table();
+        vfu_iommu_mapping m = {.iova = 0x1000, .size = 0x1000, .prot = VFU_IOMMU_READ, .io = &changing};
+        ck_assert_int_eq(vfu_iommu_map(table, &m), 0);
+        map_kind('h', 0x2000, 0x1000, RW, page_memory[0]);
+        map_kind('h', 0x8000, 0x1000, RW, page_memory[1]);
+        map_kind('h', 0x9000, 0x1000, RW, page_memory[2]);
+        change.iova = cases[i].changed;
+        change.prot = cases[i].to;
+        if (!cases[i].err)
+            ck_assert_int_eq(copy_or_read(cases[i].copy), 0);
+        else
+            failed_at(copy_or_read(cases[i].copy), cases[i].err, cases[i].changed, cases[i].prot);
+        end_table();
+    }
+}
+END_TEST
+
 /* ---- memory that disappears ------------------------------------------------------------------------------------------- */
 
 enum { GONE_PAGES = 4, THERE = 2 };
@@ -972,6 +1033,7 @@ static TCase *with_reader(const char *name, void (*use)(void))
     tcase_add_test(tc, callback_error_of_a_copy);
     tcase_add_test(tc, callbacks_that_are_missing);
     tcase_add_test(tc, callbacks_may_use_the_table);
+    tcase_add_test(tc, callbacks_may_change_what_follows);
     tcase_add_test(tc, truncated_file);
     tcase_add_test(tc, guard_names_the_address);
     tcase_add_test(tc, guarded_words);

@@ -596,6 +596,27 @@ START_TEST(limit_while_it_runs)
 }
 END_TEST
 
+/* Wherever the limit is: it is kept, what doesn't fit isn't mapped, and all that is mapped is noted. */
+START_TEST(every_limit)
+{
+    for (size_t limit = 4096; limit < 12288; limit += 56) {
+        uint64_t bitmap;
+        unsigned n = 0;
+        make_table(limit);
+        if (vfu_iommu_dirty_start(table, PAGE, NULL, 0) == 0) {
+            for (; map_host(far(n), PAGE, memory[0]) == 0; n++)
+                ck_assert_uint_le(dirty_size(), limit);
+            for (unsigned i = 0; i <= n; i++) {
+                ck_assert_int_eq(vfu_iommu_write(reader, far(i), "x", 1), i < n ? 0 : -ENOENT);
+                ck_assert_int_eq(vfu_iommu_dirty_report(table, far(i), PAGE, PAGE, &bitmap, 1), 0);
+                ck_assert_uint_eq(bitmap, i < n);
+            }
+        }
+        end_table();
+    }
+}
+END_TEST
+
 /* A mapping that needs much of the log, at the moment when the limit is reached: none of it is lost again to make room. */
 START_TEST(limit_in_the_midst_of_a_mapping)
 {
@@ -729,6 +750,7 @@ int main(void)
     tcase_add_test(tc, up_to_the_last_byte);
     tcase_add_test(tc, limit_at_start);
     tcase_add_test(tc, limit_while_it_runs);
+    tcase_add_test(tc, every_limit);
     tcase_add_test(tc, limit_in_the_midst_of_a_mapping);
     tcase_add_test(tc, every_allocation_fails_once);
     tcase_add_test(tc, many_mappings);

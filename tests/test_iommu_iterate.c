@@ -368,6 +368,7 @@ static void empty_root(void) { vfux_set(&table->root, 0); }
 static void cycle(void) { vfux_set(&left(left(root()))->left, vfux_get(&table->root)); }
 static void far_link(void) { vfux_set(&left(root())->left, table->fresh + 7); }
 static void wrong_count(void) { table->mappings++; }
+static void too_few(void) { table->mappings -= 2; }
 static void wrong_bytes(void) { table->bytes -= 16; }
 static void wrong_maps(void) { table->maps++; }
 static void backwards(void) { vfux_address_set(&root()->last, vfux_iova(root()) - 1); }
@@ -388,6 +389,7 @@ static const struct {
     {"a cycle", cycle},
     {"a link out of what was ever used", far_link},
     {"the number of mappings", wrong_count},
+    {"more mappings than are counted", too_few},
     {"the number of bytes", wrong_bytes},
     {"the number of maps", wrong_maps},
     {"a mapping ends before it begins", backwards},
@@ -414,7 +416,7 @@ END_TEST
 /* errno belongs to the caller, also when a call fails. */
 START_TEST(errno_is_never_touched)
 {
-    char byte;
+    char bytes[2] = {0};
     uint64_t value;
     vfu_iommu_pin pin = {0};
     vfu_iommu_segment segment;
@@ -426,8 +428,8 @@ START_TEST(errno_is_never_touched)
     ck_assert_int_eq(map_bytes(0, 16), 0);
     ck_assert_int_eq(map_bytes(0, 16), -EEXIST);
     ck_assert_int_eq(map_bytes(16, 16), -ENOSPC);
-    ck_assert_int_eq(vfu_iommu_read(reader, 32, &byte, 1), -ENOENT);
-    ck_assert_int_eq(vfu_iommu_write(reader, UINT64_MAX, &byte, 2), -EINVAL);
+    ck_assert_int_eq(vfu_iommu_read(reader, 32, bytes, 1), -ENOENT);
+    ck_assert_int_eq(vfu_iommu_write(reader, UINT64_MAX, bytes, 2), -EINVAL);
     ck_assert_int_eq(vfu_iommu_load(reader, 0, 3, 0, &value), -EINVAL);
     ck_assert_int_eq(vfu_iommu_pin_take(reader, &pin, 0, 16, RW, &segment, 1), 1);
     ck_assert_int_eq(vfu_iommu_unmap(table, 0, 16), -EBUSY);
