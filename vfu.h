@@ -7805,7 +7805,7 @@ static int vfux_client_command(vfu_client *client, vfu_conn *conn, const vfu_msg
 static int vfux_client_handle(vfu_client *client, vfux_line *line, const vfux_call *stop)
 {
     vfu_msg msg;
-    for (unsigned handled = 0; line->conn; handled++) {
+    for (unsigned handled = 0;; handled++) {
         if (handled == VFUX_CLIENT_BUDGET || (stop && stop->state == VFUX_CALL_DONE)) {
             client->more = client->more || line->conn->rx_start < line->conn->rx_end;
             return 0;
@@ -7828,7 +7828,6 @@ static int vfux_client_handle(vfu_client *client, vfux_line *line, const vfux_ca
         if (err)
             return err;
     }
-    return -EPIPE;
 }
 
 /* Is there something in the buffers that can be handled now? */

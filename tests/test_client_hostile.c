@@ -697,6 +697,27 @@ START_TEST(never_ends)
 }
 END_TEST
 
+/* What comes over the twin socket is handled by poll as well, and answered there. */
+START_TEST(polls_the_twin)
+{
+    static const vfu_wire_dma_access access = {0x1000, 8};
+    vfu_completion done;
+    int twin, main_sock;
+    vfu_client *client = greeted(true, &twin);
+    main_sock = server.sock;
+    server.sock = twin;
+    say_as(7, VFU_CMD_DMA_READ, COMMAND, 0, 32, &access, sizeof(access), NULL, 0);
+    ck_assert_int_eq(vfu_client_poll(client, &done), 0);
+    ck_assert_int_eq(peer_receive(&server), 1);
+    ck_assert_uint_eq(header_of(server.bytes).id, 7);
+    ck_assert_uint_eq(header_of(server.bytes).flags, VFU_HDR_REPLY | VFU_HDR_ERROR);
+    server.sock = main_sock;
+    ck_assert_int_eq(peer_receive(&server), 0);
+    close(twin);
+    script_close(client);
+}
+END_TEST
+
 /* The file of a mapped region loses its pages while it is in use. */
 START_TEST(truncates_mapped_memory)
 {
@@ -740,6 +761,7 @@ int main(int argc, char **argv)
     tcase_add_checked_fixture(tc, note_fds, check_fds);
     tcase_add_loop_test(tc, misbehaves, 0, COUNT(misdeeds));
     tcase_add_loop_test(tc, never_ends, 0, COUNT(endless));
+    tcase_add_test(tc, polls_the_twin);
     tcase_add_test(tc, truncates_mapped_memory);
     suite_add_tcase(suite, tc);
     return run_suite(suite);
