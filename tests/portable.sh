@@ -132,7 +132,7 @@ wrap() {
 
 # Emulated programs are slow, and a kernel that is emulated has no filters.
 export CK_TIMEOUT_MULTIPLIER=${CK_TIMEOUT_MULTIPLIER:-10}
-programs='test_engine|test_lspci|test_migration|test_nvme.*|test_sandbox|test_serial|test_siege|test_tools'
+programs='test_double_fetch|test_engine|test_lspci|test_migration|test_nvme.*|test_sandbox|test_serial|test_siege|test_tools'
 passed=0
 failed=0
 for machine in "$@"; do

@@ -4,8 +4,8 @@
  *
  * What was found wrong in other implementations of the protocol, each by name, against a device with everything: libvfio-user,
  * the vfio-user crate of rust-vmm, and SPDK's NVMe target. Most is tested in more ways beside what it belongs to; here is one
- * place that has all of it. A device that reads a field of the client's memory twice is another's test: here nothing looks at
- * that memory.
+ * place that has all of it, but for one mistake of SPDK's, fields in the client's memory that are checked and then read again: here
+ * nothing looks at that memory, so test_double_fetch.c has it.
  */
 #include "util.h"
 
