@@ -208,6 +208,9 @@ static inline const char *example_path(const char *name)
     return path;
 }
 
+/* What an example does before it begins; NULL: nothing. */
+static void (*before_example)(void);
+
 /* Starts an example device, with further options (NULL: none, else NULL ends them), on a listening socket; it ends with us. */
 static inline void start_example(child *e, const char *name, const char *const *options, struct sockaddr_un *address, socklen_t *len)
 {
@@ -223,6 +226,8 @@ static inline void start_example(child *e, const char *name, const char *const *
         snprintf(option, sizeof(option), "--fd=%d", sock);
         for (unsigned i = 0; options && options[i] && i < 13; i++)
             argv[i + 2] = (char *)(uintptr_t)options[i];
+        if (before_example)
+            before_example();
         execv(example_path(name), argv);
         perror(example_path(name));
         _exit(127);

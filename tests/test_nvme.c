@@ -5,7 +5,11 @@
  */
 #include "caller.h"
 
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <stdatomic.h>
+#include <stddef.h>
+#include <sys/syscall.h>
 #include <time.h>
 
 enum { RING = 16, MEMORY = 16 << 20, DATA = 1 << 20, QUEUES = 4, MIB = 1 << 20 };
@@ -25,6 +29,7 @@ enum {
     INVALID_PRP = 0x13,
     WRITE_PROTECTED = 0x20,
     LBA_OUT_OF_RANGE = 0x80,
+    CAPACITY_EXCEEDED = 0x81,
     NO_SUCH_CQ = 0x100,
     INVALID_QUEUE = 0x101,
     INVALID_QUEUE_SIZE = 0x102,
@@ -33,6 +38,7 @@ enum {
     INVALID_LOG_PAGE = 0x109,
     INVALID_DELETION = 0x10c,
     NOT_SAVEABLE = 0x10d,
+    WRITE_FAULT = 0x280,
     READ_ERROR = 0x281,
 };
 
@@ -388,6 +394,10 @@ START_TEST(registers)
     ck_assert_uint_eq(get32(&h, 0x3c), 0);
     set64(&h, ASQ, UINT64_C(0x123456789000));
     ck_assert_uint_eq(get64(&h, ASQ), UINT64_C(0x123456789000));
+    uint64_t at_once = UINT64_C(0xabcdef012000);
+    ck_assert_int_eq(vfu_client_region_write(h.client, VFU_PCI_REGION_BAR0, ACQ, &at_once, 8), 0);
+    ck_assert_uint_eq(get64(&h, ACQ), at_once);
+    ck_assert_uint_eq(get64(&h, ASQ), UINT64_C(0x123456789000));
     set32(&h, CAP, 0xffffffff); /* read-only */
     set32(&h, CSTS, 0xffffffff);
     set32(&h, 0x0c, 1); /* INTMS, INTMC */
@@ -514,8 +524,10 @@ START_TEST(identify_data)
     for (unsigned i = 4; i < 72; i++)
         ck_assert(d[i] >= ' ' && d[i] < 0x7f);
     ck_assert_uint_eq(d[77], 8);               /* MDTS */
+    ck_assert_uint_eq(field(d, 88, 4), 0);     /* RTD3E */
     ck_assert_uint_eq(field(d, 92, 4), 0x100); /* OAES */
     ck_assert_uint_eq(d[111], 1);              /* CNTRLTYPE */
+    ck_assert_uint_eq(field(d, 128, 6), 0);    /* CRDT */
     ck_assert_uint_eq(field(d, 256, 2), 0);    /* OACS */
     ck_assert_uint_eq(d[261], 0);              /* LPA */
     ck_assert_uint_eq(d[265], 0);              /* APSTA */
@@ -948,6 +960,83 @@ START_TEST(write_through)
 }
 END_TEST
 
+/* Where the image's file system does what is asked of it only in part: it can't punch holes or write zeros, a write that is to be
+ * durable finds no space, and fdatasync() fails. So this shows as well who calls it. */
+static void refuse_calls(void)
+{
+    static const uint32_t data = offsetof(struct seccomp_data, args[5]) + (__BYTE_ORDER__ == __ORDER_BIG_ENDIAN__ ? 4 : 0);
+    struct sock_filter steps[] = {
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_fdatasync, 0, 1),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EIO),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_fallocate, 0, 1),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EOPNOTSUPP),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_pwritev2, 0, 3),
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, data),
+        BPF_JUMP(BPF_JMP | BPF_JSET | BPF_K, 2 /* RWF_DSYNC */, 0, 1),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | ENOSPC),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+    };
+    struct sock_fprog program = {.len = COUNT(steps), .filter = steps};
+    if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) || prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program))
+        _exit(77);
+}
+
+static bool can_refuse_calls(void)
+{
+    int status;
+    pid_t pid = fork();
+    must(pid);
+    if (pid == 0) {
+        refuse_calls();
+        _exit(0);
+    }
+    ck_assert_int_eq(waitpid(pid, &status, 0), pid);
+    return status == 0;
+}
+
+START_TEST(poor_file_system)
+{
+    host h;
+    if (!can_refuse_calls())
+        return; /* a machine without seccomp */
+    before_example = refuse_calls;
+    setup(&h);
+    before_example = NULL;
+    uint8_t *in = at(&h, IOVA + DATA + MIB);
+    sqe flush = {.opcode = FLUSH, .nsid = 1}, zero = {.opcode = WRITE_ZEROES, .nsid = 1, .dw10 = 5, .dw12 = 2039};
+    sqe all = transfer(&h, WRITE, 0, 2048, IOVA + DATA, MIB, IOVA + LISTS),
+        deallocate = {.opcode = DATASET_MANAGEMENT, .nsid = 1, .prp1 = IOVA + LISTS + PAGE, .dw11 = 4};
+    uint32_t range[] = {0, 2040, 5, 0};
+    memcpy(at(&h, deallocate.prp1), range, sizeof(range));
+    memset(at(&h, IOVA + DATA), 0xff, MIB);
+    for (unsigned way = 0; way < 3; way++) { /* Write Zeroes; with the deallocate bit; Dataset Management */
+        ck_assert_uint_eq(run(&h, 1, all), 0);
+        zero.dw12 = 2039 | way << 25;
+        ck_assert_uint_eq(run(&h, 1, way < 2 ? zero : deallocate), 0);
+        ck_assert_uint_eq(run(&h, 1, transfer(&h, READ, 0, 2048, IOVA + DATA + MIB, MIB, IOVA + LISTS)), 0);
+        for (unsigned i = 0; i < MIB; i++)
+            ck_assert_uint_eq(in[i], i / 512 >= 5 && i / 512 < 2045 ? 0 : 0xff);
+    }
+    ck_assert_uint_eq(run(&h, 1, flush), WRITE_FAULT);
+    all.dw12 |= UINT32_C(1) << 30; /* FUA */
+    zero.dw12 |= UINT32_C(1) << 30;
+    ck_assert_uint_eq(run(&h, 1, all), CAPACITY_EXCEEDED);
+    ck_assert_uint_eq(run(&h, 1, zero), WRITE_FAULT);
+    all.dw12 = 2047; /* and with the write cache off */
+    zero.dw12 = 2039;
+    ck_assert_uint_eq(feature(&h, SET_FEATURES, 6, 0, NULL), 0);
+    ck_assert_uint_eq(run(&h, 1, all), CAPACITY_EXCEEDED);
+    ck_assert_uint_eq(run(&h, 1, zero), WRITE_FAULT);
+    ck_assert_uint_eq(run(&h, 1, deallocate), WRITE_FAULT);
+    ck_assert_uint_eq(feature(&h, SET_FEATURES, 6, 1, NULL), 0);
+    ck_assert_uint_eq(run(&h, 1, all), 0);
+    set32(&h, CC, ENABLE | 1 << 14);
+    wait_for(&h, SHST, 8);
+    teardown(&h);
+}
+END_TEST
+
 /* ---- queues ---------------------------------------------------------------------------------------------------------------- */
 
 START_TEST(bad_queues)
@@ -1260,6 +1349,13 @@ START_TEST(event_requests)
     entry = reap(&h, 0);
     ck_assert_uint_eq(status_of(entry), 0);
     ck_assert_uint_eq(entry.result, 1); /* not aborted */
+    /* a reset forgets those that wait: as many again can */
+    for (unsigned round = 0; round < 2; round++) {
+        for (unsigned i = 0; i < 4; i++)
+            submit(&h, 0, (sqe){.opcode = EVENT_REQUEST});
+        ck_assert_uint_eq(run(&h, 0, (sqe){.opcode = EVENT_REQUEST}), TOO_MANY_EVENT_REQUESTS);
+        check_usable(&h);
+    }
     teardown(&h);
 }
 END_TEST
@@ -1444,6 +1540,139 @@ START_TEST(rewritten_entries)
     munmap(others, MIB);
     close(other);
     check_usable(&h);
+    teardown(&h);
+}
+END_TEST
+
+/* A driver whose memory is reached by messages alone sees each access. What has been fetched it overwrites at once. */
+typedef struct watch {
+    caller c;
+    uint64_t sqe_bytes, list_bytes; /* that were fetched */
+    uint32_t tails[2];
+    bool overwrites;
+} watch;
+
+/* Runs a command in queue 0 or 1 of RING entries. Submissions are at 0 and PAGE, completions at 2 and 3 PAGE, a list at 4 PAGE. */
+static unsigned watched_run(watch *w, unsigned id, sqe entry)
+{
+    uint32_t slot = w->tails[id]++;
+    uint64_t sqe_at = id * PAGE + slot * sizeof(sqe), list_at = 4 * PAGE;
+    cqe *done = (cqe *)(void *)(w->c.memory + (2 + id) * PAGE) + slot;
+    memcpy(w->c.memory + sqe_at, &entry, sizeof(entry));
+    memset(done, 0, sizeof(*done));
+    w->sqe_bytes = w->list_bytes = 0;
+    vfu_msg doorbell = access_of(VFU_CMD_REGION_WRITE, 0, DOORBELLS + id * 8, &w->tails[id], 4);
+    post(&w->c, &doorbell, NULL, 0);
+    for (bool answered = false; !answered || !(done->status & 1);) {
+        vfu_msg m;
+        ck_assert_int_eq(peer_wait(&w->c.p), 1);
+        ck_assert_int_eq(vfu_msg_decode(w->c.p.bytes, w->c.p.have, &m), 0);
+        if (vfu_msg_is_reply(&m)) {
+            answered = true;
+            continue;
+        }
+        uint64_t offset = m.u.dma.address - IOVA, count = m.u.dma.count;
+        answer_dma(&w->c, &m, 0);
+        if (m.cmd != VFU_CMD_DMA_READ || offset > list_at + PAGE)
+            continue;
+        *(offset == sqe_at ? &w->sqe_bytes : &w->list_bytes) += count;
+        if (w->overwrites)
+            memset(w->c.memory + offset, 0xff, (size_t)count);
+    }
+    return status_of(*done);
+}
+
+START_TEST(fetched_once)
+{
+    enum { LEN = 64 << 10, PLACE = 0x10000 };
+    host h;
+    setup_with(&h, BY_MESSAGE, NULL, NULL);
+    disconnect_disk(&h);
+    watch w = {.c = {.p = {.sock = connect_to(&h.address, h.address_len)}}};
+    uint8_t *memory = make_memory(&w.c, IOVA, 2 * MIB);
+    say_hello(&w.c, NULL);
+    vfu_msg map = map_of(IOVA, 2 * MIB);
+    ck_assert_int_eq(call(&w.c, &map), 0);
+    const uint32_t setup_writes[][2] = {
+        {AQA, (RING - 1) << 16 | (RING - 1)}, {ASQ, (uint32_t)IOVA}, {ASQ + 4, IOVA >> 32},
+        {ACQ, (uint32_t)(IOVA + 2 * PAGE)},   {ACQ + 4, IOVA >> 32}, {CC, ENABLE},
+    };
+    uint16_t command = 6;
+    put(&w.c, VFU_PCI_REGION_CONFIG, 4, &command, 2);
+    for (unsigned i = 0; i < COUNT(setup_writes); i++)
+        put(&w.c, 0, setup_writes[i][0], &setup_writes[i][1], 4);
+    /* the library reads what looks like either of two layouts of replies once more, and knows then */
+    ck_assert_uint_eq(watched_run(&w, 0, (sqe){.opcode = GET_FEATURES, .dw10 = 7}), 0);
+    w.overwrites = true;
+    const uint32_t queue = (RING - 1) << 16 | 1;
+    ck_assert_uint_eq(watched_run(&w, 0, (sqe){.opcode = CREATE_CQ, .prp1 = IOVA + 3 * PAGE, .dw10 = queue, .dw11 = 1}), 0);
+    ck_assert_uint_eq(watched_run(&w, 0, (sqe){.opcode = CREATE_SQ, .prp1 = IOVA + PAGE, .dw10 = queue, .dw11 = 1 << 16 | 1}), 0);
+    for (unsigned round = 0; round < 6; round++) { /* what is written comes back */
+        uint64_t data = IOVA + PLACE + (round % 2) * MIB;
+        sqe entry = {.opcode = round % 2 ? READ : WRITE, .nsid = 1, .prp1 = data, .prp2 = IOVA + 4 * PAGE, .dw12 = LEN / 512 - 1};
+        for (unsigned i = 1; i < LEN / PAGE; i++) {
+            uint64_t page = data + i * PAGE;
+            memcpy(memory + 4 * PAGE + (i - 1) * 8, &page, 8);
+        }
+        memset(memory + PLACE + MIB, 0, LEN);
+        ck_assert_uint_eq(watched_run(&w, 1, entry), 0);
+        ck_assert_uint_eq(w.sqe_bytes, sizeof(sqe));
+        ck_assert_uint_eq(w.list_bytes, (LEN / PAGE - 1) * 8);
+        if (round % 2)
+            ck_assert_mem_eq(memory + PLACE, memory + PLACE + MIB, LEN);
+    }
+    caller_close(&w.c);
+    connect_disk(&h);
+    check_usable(&h);
+    teardown(&h);
+}
+END_TEST
+
+static const uint8_t secret[16] = "neither for you!";
+
+/* Not in the memory that a command may have written. */
+static void check_no_secret(host *h)
+{
+    for (uint8_t *at_ = at(h, IOVA + DATA), *end = at_ + MIB; at_ < end; at_ += 4)
+        ck_assert(memcmp(at_, secret, 4) && memcmp(at_, secret + 8, 4));
+}
+
+/* One guest's data are in blocks that the next one, another, doesn't read. Whatever it does, it never sees a byte of them. */
+START_TEST(next_guest)
+{
+    host h;
+    setup_with(&h, (kind)_i, NULL, NULL);
+    enable(&h);
+    create_pair(&h, 1, RING);
+    for (unsigned i = 0; i < MIB; i += 16)
+        memcpy(at(&h, IOVA + DATA + i), secret, 16);
+    for (unsigned round = 0; round < 4; round++) { /* through all the workers */
+        for (unsigned i = 1; i < RING; i++)
+            enqueue(&h, 1, transfer(&h, WRITE, 65536 + i * 2048, 2048, IOVA + DATA, MIB, IOVA + LISTS));
+        ring_sq(&h, 1);
+        for (unsigned i = 1; i < RING; i++)
+            ck_assert_uint_eq(status_of(reap(&h, 1)), 0);
+    }
+    disconnect_disk(&h);
+    memset(h.memory, 0, MEMORY);
+    connect_disk(&h);
+    enable(&h);
+    create_pair(&h, 1, RING);
+    for (unsigned round = 0; round < 12; round++) {
+        uint32_t len = 512u << round;
+        len = len > MIB ? MIB : len;
+        run(&h, 1, transfer(&h, READ, 0, len / 512, IOVA + DATA, len, IOVA + LISTS));
+        check_no_secret(&h);
+        run(&h, 1, transfer(&h, READ, 131072 - len / 1024, len / 512, IOVA + DATA, len, IOVA + LISTS)); /* half behind the end */
+        check_no_secret(&h);
+        run(&h, 1, (sqe){.opcode = DATASET_MANAGEMENT, .nsid = 1, .prp1 = IOVA + DATA, .dw10 = 255, .dw11 = 4});
+        identify(&h, round, round % 2, NULL);
+        check_no_secret(&h);
+        get_log(&h, (uint8_t)(round % 6), MIB, round % 2, 0);
+        check_no_secret(&h);
+        get_log(&h, (uint8_t)(round % 6), 4u << round, 0, 0);
+        check_no_secret(&h);
+    }
     teardown(&h);
 }
 END_TEST
@@ -1946,6 +2175,7 @@ int main(void)
     tcase_add_test(io, image_cut);
     tcase_add_loop_test(io, zeros, 0, 2);
     tcase_add_test(io, write_through);
+    tcase_add_test(io, poor_file_system);
     suite_add_tcase(suite, io);
     TCase *queues = tcase_create("queues");
     tcase_add_test(queues, bad_queues);
@@ -1964,6 +2194,8 @@ int main(void)
     suite_add_tcase(suite, queues);
     TCase *trouble = tcase_create("trouble");
     tcase_add_loop_test(trouble, rewritten_entries, 0, 2);
+    tcase_add_test(trouble, fetched_once);
+    tcase_add_loop_test(trouble, next_guest, 0, KINDS);
     tcase_add_loop_test(trouble, unmap_in_mid_flight, 0, KINDS);
     tcase_add_loop_test(trouble, at_random, 0, 2 * KINDS);
     tcase_add_loop_test(trouble, interrupted, 0, 4 * KINDS);
