@@ -1633,8 +1633,10 @@ static const uint8_t secret[16] = "neither for you!";
 /* Not in the memory that a command may have written. */
 static void check_no_secret(host *h)
 {
+    bool seen = false;
     for (uint8_t *at_ = at(h, IOVA + DATA), *end = at_ + MIB; at_ < end; at_ += 4)
-        ck_assert(memcmp(at_, secret, 4) && memcmp(at_, secret + 8, 4));
+        seen |= memcmp(at_, secret, 4) == 0 || memcmp(at_, secret + 8, 4) == 0;
+    ck_assert(!seen);
 }
 
 /* One guest's data are in blocks that the next one, another, doesn't read. Whatever it does, it never sees a byte of them. */
