@@ -137,6 +137,10 @@ MINUTES ?= 5
 fuzz: | $(AFTER_DEPS) ## fuzz both endpoints, the JSON parser and the vIOMMU for MINUTES in all (5), with libFuzzer
 	@CLANG='$(CLANG)' CPPFLAGS='$(CPPFLAGS)' tests/fuzz/run.sh '$(BUILD)' '$(MINUTES)' || test $$? -eq 77
 
+# Status 77 says that CBMC can't be had here.
+prove: | $(AFTER_DEPS) ## prove codec, JSON, PCI and framing for all inputs up to a bound, with CBMC 6
+	@tests/proof/run.sh '$(BUILD)' || test $$? -eq 77
+
 # Status 77 says that something the test needs can't be had here, which the script has explained: no failure.
 check-qemu: examples | $(AFTER_DEPS) ## run Linux guests in an unmodified QEMU against the example device
 	@tests/qemu/run.sh $(BUILD) || test $$? -eq 77
