@@ -1923,26 +1923,27 @@ END_TEST
 /* A client that leaves in the midst of finding out which layout it has: nothing stays under way. */
 START_TEST(dma_layout_and_gone)
 {
-    static const uint8_t zeros[64];
-    static const uint8_t answers[] = {0, 1, 2}; /* messages that it answers before it closes */
+    static const uint8_t answers[] = {0, 1, 2, 3, 4}; /* messages that it answers before it closes; the fourth shows the layout */
+    uint8_t data[64];
+    fill_pattern(data, sizeof(data), 3);
     for (unsigned a = 0; a < COUNT(answers); a++) {
         transfer t[3];
-        uint8_t bytes[3][32 + 64];
         guest_open(NULL);
-        for (unsigned i = 0; i < COUNT(t); i++) { /* reads of zeros fit both layouts */
-            start_transfer(&t[i], GUEST_BASE + i * PAGE, device_buffer + i * PAGE, sizeof(zeros), false);
+        for (unsigned i = 0; i < COUNT(t); i++) { /* each reply fits both layouts */
+            start_transfer(&t[i], GUEST_BASE + i * PAGE, device_buffer + i * PAGE, sizeof(data), false);
             ck_assert_int_eq(vfu_dev_dma(R.dev, &t[i].dma), 1);
         }
         settle(R.dev);
         for (unsigned i = 0; i < answers[a]; i++) {
             vfu_wire_dma_access access = next_dma(VFU_CMD_DMA_READ);
-            size_t len = put(bytes[i], header_of(R.client.bytes).id, VFU_CMD_DMA_READ, VFU_HDR_REPLY, &access, sizeof(access));
-            vfu_wire_header header = header_of(bytes[i]);
-            header.size = (uint32_t)(len + access.count);
-            ck_assert_uint_le(header.size, sizeof(bytes[i]));
-            memcpy(bytes[i], &header, sizeof(header));
-            memset(bytes[i] + len, 0, access.count);
-            must(send(R.client.sock, bytes[i], header.size, 0));
+            uint8_t payload[sizeof(access) + sizeof(data)], bytes[sizeof(vfu_wire_header) + sizeof(payload)];
+            ck_assert_uint_le(access.address % PAGE + access.count, sizeof(data));
+            memcpy(payload, &access, sizeof(access));
+            memcpy(payload + sizeof(access), data + access.address % PAGE, (size_t)access.count);
+            uint32_t len = put(bytes, header_of(R.client.bytes).id, VFU_CMD_DMA_READ, VFU_HDR_REPLY, payload,
+                               (uint32_t)(sizeof(access) + access.count));
+            for (unsigned copies = i ? 1 : 2; copies; copies--) /* a second one is none */
+                must(send(R.client.sock, bytes, len, 0));
             if (i + 1 == answers[a])
                 must(shutdown(R.client.sock, SHUT_RD)); /* it speaks, and doesn't listen any more */
             settle(R.dev);
@@ -2747,7 +2748,7 @@ START_TEST(no_descriptor_for_a_client)
     struct rlimit before, limit;
     vfu_dev_desc desc = rig_desc(&R);
     serve_at_address(&desc);
-    come_in();
+    R.client.sock = connect_to(&address, address_len);
     int next = null_fd();
     close(next);
     must(getrlimit(RLIMIT_NOFILE, &before));
@@ -2757,8 +2758,9 @@ START_TEST(no_descriptor_for_a_client)
         ck_assert_int_eq(vfu_dev_poll(R.dev), 0);
     must(setrlimit(RLIMIT_NOFILE, &before));
     ck_assert_int_eq(vfu_dev_poll(R.dev), 0); /* too early */
-    ck_assert_int_gt(vfu_dev_timeout(R.dev), 0);
-    poll(NULL, 0, vfu_dev_timeout(R.dev) + 1);
+    int wait = vfu_dev_timeout(R.dev);
+    ck_assert_int_gt(wait, 0);
+    poll(NULL, 0, wait + 1);
     greet(&R);
     rig_destroy(&R);
 }

@@ -130,7 +130,10 @@ static void watch(fleet *f, uint32_t i)
 {
     vfu_pollfd wanted[VFU_DEV_FDS];
     unsigned count = vfu_dev_fds(f->boxes[i].dev, wanted);
-    if (count == f->watched_count[i] && memcmp(wanted, f->watched[i], count * sizeof(wanted[0])) == 0)
+    bool same = count == f->watched_count[i];
+    for (unsigned k = 0; same && k < count; k++)
+        same = wanted[k].fd == f->watched[i][k].fd && wanted[k].events == f->watched[i][k].events;
+    if (same)
         return;
     for (unsigned k = 0; k < f->watched_count[i]; k++)
         epoll_ctl(f->epoll, EPOLL_CTL_DEL, f->watched[i][k].fd, NULL);
