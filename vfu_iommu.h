@@ -2483,6 +2483,8 @@ static bool vfux_check_subtree(vfu_iommu *t, uint32_t i, unsigned depth, uint64_
         return false;
     vfux_node *n = &t->nodes[i];
     uint32_t left = vfux_get(&n->left), right = vfux_get(&n->right);
+    if (left >= t->fresh || right >= t->fresh)
+        return false;
     unsigned lh = vfux_height(t, left), rh = vfux_height(t, right);
     ++*count;
     *bytes += vfux_last(n) - vfux_iova(n) + 1;
@@ -2502,8 +2504,10 @@ VFU_API int vfu_iommu_check(vfu_iommu *t)
         good = good && !vfux_is_unaligned(t, vfux_iova(&t->nodes[i]), 0);
         i = next;
     }
-    for (uint32_t i = t->free_list; good && i && unused <= t->node_count; i = t->nodes[i].next, unused++)
-        good = vfux_is_state(&t->nodes[i], VFUX_FREE) && !atomic_load(&t->nodes[i].pins);
+    for (uint32_t i = t->free_list; good && i && unused <= t->node_count; unused++) {
+        good = i < t->fresh && vfux_is_state(&t->nodes[i], VFUX_FREE) && !atomic_load(&t->nodes[i].pins);
+        i = good ? t->nodes[i].next : 0;
+    }
     good = good && in_order == count && count + unused + 1 <= t->fresh && t->maps - t->unmaps == t->mappings;
     vfux_unlock(t);
     return good ? 0 : -EBADMSG;

@@ -37,6 +37,13 @@ enum { PAGE = 4096, PATIENCE_MS = 20000 /* how long a test waits for another thr
 /* For tables of bytes that were written down in this order. */
 static inline bool is_little_endian(void) { return *(const uint8_t *)&(const uint16_t){1} == 1; }
 
+/* Runs this under that emulator, as portable.sh tells? What it can't do is listed there. */
+static inline bool emulated_by(const char *name)
+{
+    const char *emulator = getenv("VFU_EMULATED");
+    return emulator && !strcmp(emulator, name);
+}
+
 /* The test fails unless expr is 0 or more. */
 #define must(expr) ck_assert_int_ge((expr), 0)
 
