@@ -5,21 +5,29 @@
  *     cc -std=c11 -O2 -I. examples/nvme.c -o nvme -pthread
  *     ./nvme --socket-path=/tmp/nvme.sock --image=disk.img --size=1G
  *
- * A device with threads of its own that work on queues in its client's memory: everything that the guest can change is copied
- * once and checked, data moves between the file and pinned memory without a copy, and a guest may unmap, reset or leave at any
- * moment. The disk has one namespace, with blocks of 512 or 4096 bytes. "NVMe" is the NVM Express base specification 1.4.
+ * It shows a device with threads of its own that works on queues in its client's memory: everything that the guest can change is
+ * copied once and checked, data moves between the file and pinned memory without a copy, and a guest may unmap, reset or leave at
+ * any moment. The disk has one namespace, with blocks of 512 or 4096 bytes. "NVMe" in a comment is the NVM Express base
+ * specification 1.4.
  *
  * A command travels through this file from top to bottom: doorbell, fetch, dispatch, data pointer, I/O or admin command,
  * completion, interrupt. Below that is what happens around commands: events, registers, PCI, threads, the image, the program.
  *
- * The socket's thread serves the client, and waits for nobody else. Workers fetch, execute and complete commands; they may wait:
- * for the disk, or for memory that only messages reach. With --doorbells=mapped a poller looks for doorbells in a page that the
- * client writes; without, the client's writes to registers bring them.
+ *     thread    serves                                                              and never waits for
+ *     socket    the client; queues whose doorbell it rings                          the disk; an answer to a DMA message
+ *     workers   what the others can't: commands that wait for the disk, memory
+ *               that only messages reach
+ *     poller    with --doorbells=mapped: queues whose doorbell the client writes    the disk
+ *               in a page that both share
+ *
+ * Each has a `lane`: a reader of the IOMMU, and room for one transfer. A small read that is in the page cache is done by the thread
+ * that has got the doorbell, so that no other has to be woken for it; everything else goes to the workers.
  *
  * A write is completed when the page cache has it, which survives this process, and Flush is fdatasync(): a write cache in the
- * sense of NVMe. A reset and the client's end lose nothing that was completed: they end commands, and undo nothing.
+ * sense of NVMe. What was completed is not lost when the guest resets the controller or leaves, since that ends commands, but
+ * touches nothing that they have done.
  *
- * One lock guards the controller's state. It is held for a few instructions at a time, never during an access to the guest's
+ * One lock guards the controller's state. It is held for a few instructions at a time and never during an access to the guest's
  * memory or to the file. Functions that say "locked" are called with it.
  */
 #define _FILE_OFFSET_BITS 64
@@ -35,35 +43,54 @@
 
 enum { PAGE = 4096, QUEUES_MAX = 64, ENTRIES_MAX = 1024, SQE_SIZE = 64, CQE_SIZE = 16, EVENT_REQUESTS = 4, ERROR_ENTRIES = 4 };
 enum { MDTS = 8, TRANSFER_MAX = PAGE << MDTS, PAGES_MAX = TRANSFER_MAX / PAGE + 1, RANGES_MAX = 256 };
-enum { WORKERS = 8, BATCH = 16 /* completions for an interrupt */ };
+enum { WORKERS = 4, INLINE_MAX = 64 << 10 /* bytes */, SERVE_MAX = 64, BATCH = 16 /* commands */ };
 enum { BAR_REGISTERS = 0, BAR_MSIX = 4, DOORBELLS = 0x1000, BAR_SIZE = 0x4000, DOORBELL_COUNT = 2 * (QUEUES_MAX + 1) };
 
 /* Flags of preadv2(), pwritev2() and fallocate(), which not every C library names. */
 enum { NO_WAIT = 0x08, DURABLE = 0x02, KEEP_SIZE = 0x01, PUNCH_HOLE = 0x02, ZERO_RANGE = 0x10 };
 
-/* Registers (NVMe 3.1), in words of 4 bytes, and their bits */
-enum { CAP = 0, VS = 2, CC = 5, CSTS = 7, AQA = 9, ASQ = 10, ACQ = 12, REGISTERS = 14 };
+/* Registers (NVMe 3.1) and their bits */
+enum { CAP = 0x00, VS = 0x08, CC = 0x14, CSTS = 0x1c, AQA = 0x24, ASQ = 0x28, ACQ = 0x30 };
 enum { CC_EN = 0x1, CC_FORMAT = 0x3ff0 /* CSS, MPS, AMS */, CC_SHN = 0xc000, CC_ENTRIES = 0xff0000, CC_ENTRIES_GOOD = 0x460000 };
 enum { CSTS_RDY = 0x1, CSTS_CFS = 0x2, CSTS_SHUTTING = 0x4, CSTS_SHUT = 0x8, CSTS_SHST = 0xc };
-enum { CAP_LOW = 40 << 24 /* TO: 20 s */ | 1 << 16 /* CQR */ | (ENTRIES_MAX - 1), CAP_HIGH = 1 << 5 /* NVM */ };
-enum { VERSION = 0x10400 };
+#define CAP_VALUE ((UINT64_C(1) << 37 /* NVM */) | 40 << 24 /* TO: 20 s */ | 1 << 16 /* CQR */ | (ENTRIES_MAX - 1))
 
 /* Opcodes and features, as far as they have names here */
-enum { DELETE_SQ = 0, CREATE_SQ = 1, GET_LOG = 2, DELETE_CQ = 4, CREATE_CQ = 5, IDENTIFY = 6, ABORT = 8 };
-enum { SET_FEATURES = 9, GET_FEATURES = 10, EVENT_REQUEST = 12 };
-enum { FLUSH = 0, WRITE = 1, READ = 2, WRITE_ZEROES = 8, DATASET_MANAGEMENT = 9 };
-enum { ARBITRATION = 1, POWER, LBA_TYPES, TEMPERATURE, WRITE_CACHE = 6, QUEUE_COUNT, VECTOR = 9, EVENTS = 11, FEATURES };
+enum { DELETE_SQ, CREATE_SQ, DELETE_CQ = 4, CREATE_CQ };
+enum { GET_LOG = 2, IDENTIFY = 6, ABORT = 8, SET_FEATURES, GET_FEATURES, EVENT_REQUEST = 12 };
+enum { FLUSH, WRITE, READ, WRITE_ZEROES = 8, DATASET_MANAGEMENT };
+enum { ARBITRATION = 1, POWER, TEMPERATURE = 4, WRITE_CACHE = 6, QUEUE_COUNT, VECTOR = 9, EVENTS = 11, FEATURES };
 
-/* Status codes (NVMe 4.6.1), with their type from bit 8 on: of any command, of some commands, of the medium. And what is none:
- * the command is not the worker's any more. */
-enum { SUCCESS = 0, INVALID_OPCODE = 0x01, INVALID_FIELD = 0x02, DATA_TRANSFER_ERROR = 0x04, INTERNAL_ERROR = 0x06 };
-enum { ABORTED = 0x07, INVALID_NAMESPACE = 0x0b, SEQUENCE_ERROR = 0x0c, INVALID_PRP = 0x13, WRITE_PROTECTED = 0x20 };
-enum { LBA_OUT_OF_RANGE = 0x80, CAPACITY_EXCEEDED = 0x81, DO_NOT_RETRY = 0x4000 };
-enum { NO_SUCH_CQ = 0x100, INVALID_QUEUE = 0x101, INVALID_QUEUE_SIZE = 0x102, EVENT_REQUESTS_EXCEEDED = 0x105 };
-enum { INVALID_VECTOR = 0x108, INVALID_LOG = 0x109, INVALID_DELETION = 0x10c, NOT_SAVEABLE = 0x10d };
-enum { WRITE_FAULT = 0x280, READ_ERROR = 0x281, NOT_OURS = -1 };
+/* Status codes (NVMe 4.6.1): code, type << 8, and whether it is no use to try again. */
+enum { DNR = 0x4000 };
+enum {
+    SUCCESS = 0,
+    INVALID_OPCODE = DNR | 0x01,
+    INVALID_FIELD = DNR | 0x02,
+    DATA_TRANSFER_ERROR = DNR | 0x04,
+    INTERNAL_ERROR = 0x06,
+    ABORTED = 0x07,
+    INVALID_NAMESPACE = DNR | 0x0b,
+    SEQUENCE_ERROR = DNR | 0x0c,
+    INVALID_PRP = DNR | 0x13,
+    WRITE_PROTECTED = DNR | 0x20,
+    LBA_OUT_OF_RANGE = DNR | 0x80,
+    CAPACITY_EXCEEDED = DNR | 0x81,
+    NO_SUCH_CQ = DNR | 0x100,
+    INVALID_QUEUE = DNR | 0x101,
+    INVALID_QUEUE_SIZE = DNR | 0x102,
+    TOO_MANY_EVENT_REQUESTS = DNR | 0x105,
+    INVALID_VECTOR = DNR | 0x108,
+    INVALID_LOG_PAGE = DNR | 0x109,
+    INVALID_DELETION = DNR | 0x10c,
+    NOT_SAVEABLE = DNR | 0x10d,
+    WRITE_FAULT = 0x280,
+    READ_ERROR = 0x281,
+};
+/* Or none: a worker has to do the command, from the start; whoever has it completes it, or a reset has ended it. */
+enum { NEEDS_WORKER = -1, NOT_OURS = -2 };
 
-/* Asynchronous events (NVMe 5.2) and log pages */
+/* Asynchronous events (NVMe 5.2) */
 enum { EVENT_ERROR = 0, EVENT_NOTICE = 2, EVENT_TYPES };
 enum { INVALID_DOORBELL = 0, INVALID_DOORBELL_VALUE = 1, NAMESPACE_CHANGED = 0, NAMESPACE_NOTICES = 1 << 8 };
 enum { LOG_ERRORS = 1, LOG_SMART, LOG_FIRMWARE, LOG_CHANGED_NAMESPACES };
@@ -73,16 +100,17 @@ typedef struct sq sq;
 typedef struct cq cq;
 
 typedef struct command {
-    struct command *next; /* in a list: of a queue's free ones, of jobs, or of event requests */
+    struct command *next; /* in a list of jobs, or of those that are free */
     sq *sq;
     uint8_t sqe[SQE_SIZE]; /* the only copy that counts */
     uint64_t blocks;       /* of the namespace, when the command was fetched */
     bool write_through;    /* the write cache was off then */
-} command;
 
-typedef struct list {
-    command *first, **end; /* end: where the next is put, if there is a first */
-} list;
+    bool decided; /* what is left to do is to write this: */
+    uint8_t cqe[CQE_SIZE];
+    uint64_t cqe_iova;
+    int vector; /* -1: no interrupt */
+} command;
 
 /* A queue exists while it has entries. */
 struct sq {
@@ -90,10 +118,10 @@ struct sq {
     uint16_t id;
     uint32_t entries, head, tail;
     cq *cq;
-    command *commands; /* as many as entries */
-    list idle;         /* those that are free */
+    command *commands, *idle; /* as many as entries; those that are free */
     uint32_t in_flight;
-    bool taken;       /* a worker is reading the entry at head */
+    bool taken;       /* a lane is reading the entry at head */
+    bool by_message;  /* only messages reach it: it is the workers' */
     command *deleter; /* is completed when none is in flight any more */
 };
 
@@ -107,17 +135,24 @@ struct cq {
     uint16_t vector;
 };
 
-/* Bytes of the guest's memory or of the image */
 typedef struct range {
-    uint64_t at, len;
+    uint64_t iova;
+    size_t len;
 } range;
 
-typedef struct worker {
+/* Bytes of the image */
+typedef struct zeros {
+    uint64_t offset, len;
+    bool deallocate;
+} zeros;
+
+typedef struct lane {
     nvme *c;
     vfu_iommu_reader *reader;
+    bool is_worker; /* may wait */
     pthread_t thread;
-    bool raise[QUEUES_MAX + 1]; /* vectors that have news */
-    unsigned posted;            /* completions since they were raised */
+    uint64_t raise[QUEUES_MAX / 64 + 1]; /* vectors that have news */
+    unsigned posted;                     /* completions since they were raised */
 
     range ranges[PAGES_MAX]; /* the guest's side of a transfer */
     unsigned range_count;
@@ -125,25 +160,26 @@ typedef struct worker {
     vfu_iommu_segment segments[PAGES_MAX];
     struct iovec iov[PAGES_MAX];
     uint8_t *buffer; /* TRANSFER_MAX bytes, for what can't be pinned */
-} worker;
+} lane;
 
 struct nvme {
     vfu_dev *dev;
     int image;
     bool read_only;
-    unsigned block_shift, queues; /* I/O queue pairs */
-    uint64_t id;                  /* of the image: the same whenever it is served */
-    worker workers[WORKERS];
-    unsigned threads; /* of workers that run */
-    bool polls;       /* a poller runs */
-    pthread_t poller;
+    unsigned block_shift, queues;          /* I/O queue pairs */
+    uint64_t id;                           /* of the image: the same whenever it is served */
+    atomic_bool reads_wait, writes_wait;   /* NO_WAIT isn't possible */
+    lane lanes[1 + WORKERS + 1];           /* socket, workers, poller */
+    unsigned threads;                      /* of lanes 1 on, that run */
     _Atomic uint32_t *page;                /* doorbells that the client maps, or NULL */
     _Atomic uint32_t rung[DOORBELL_COUNT]; /* what of them has been noticed */
 
     pthread_mutex_t lock; /* of everything below */
     pthread_cond_t work;  /* for workers */
-    pthread_cond_t state; /* running, busy or ending is another */
-    uint32_t reg[REGISTERS];
+    pthread_cond_t start; /* for the poller */
+    pthread_cond_t rest;  /* nothing is busy */
+    uint32_t cc, csts, aqa;
+    uint64_t asq, acq;
     bool running;    /* commands are fetched and completed */
     bool stopping;   /* they were, and some are still busy */
     bool master;     /* the guest lets us at its memory */
@@ -154,28 +190,35 @@ struct nvme {
     unsigned turn;   /* the queue that was served last */
     sq sqs[QUEUES_MAX + 1];
     cq cqs[QUEUES_MAX + 1];
-    list jobs; /* I/O commands that were fetched */
+    command *jobs, **jobs_end;
 
     uint64_t blocks;
-    uint32_t features[FEATURES + 1]; /* the last is the threshold of too low a temperature */
-    list event_requests;
+    uint32_t features[FEATURES], temperatures[2];
+    command *event_requests[EVENT_REQUESTS];
     unsigned event_request_count;
     struct {
         bool pending, masked;
         uint8_t info, log;
     } events[EVENT_TYPES];
     bool namespace_changed;
-    uint8_t errors[ERROR_ENTRIES][64];              /* the log, newest first */
-    uint64_t error_count, moves[2], units_moved[2]; /* reads and writes, and their units of 512 bytes */
+    uint8_t errors[ERROR_ENTRIES][64]; /* the log, newest first */
+    uint64_t error_count, reads, writes, units_read, units_written /* of 512 bytes */;
 };
 
-/* What is further down the route, or beside it */
-static int do_io(worker *w, const command *cmd);
-static int do_admin(worker *w, command *cmd, uint32_t *result);
-static void finish(worker *w, command *cmd, int status, uint32_t result);
-static void interrupt(worker *w);
+/* The route of a command. */
+static void doorbell(nvme *c, uint32_t index, uint32_t value);
+static command *fetch(lane *l);
+static void execute(lane *l, command *cmd);
+static int walk_prps(lane *l, const command *cmd, uint32_t len);
+static int do_io(lane *l, const command *cmd);
+static int do_admin(lane *l, command *cmd, uint32_t *result);
+static void finish(lane *l, command *cmd, int status, uint32_t result);
+static void post(lane *l, command *cmd);
+static void interrupt(lane *l);
+
+/* What is beside it. */
 static void note(nvme *c, unsigned type, uint8_t info, uint8_t log_page);
-static command *take_event(nvme *c, uint32_t *result);
+static void deliver_events(lane *l);
 static void close_sq(sq *q);
 static void close_queues(nvme *c);
 
@@ -197,28 +240,10 @@ static void put(uint8_t *at, unsigned width, uint64_t value)
         at[i] = (uint8_t)(value >> 8 * i);
 }
 
-static void append(list *to, command *cmd)
-{
-    if (!to->first)
-        to->end = &to->first;
-    cmd->next = NULL;
-    *to->end = cmd;
-    to->end = &cmd->next;
-}
-
-static command *take_first(list *from)
-{
-    command *first = from->first;
-    if (first)
-        from->first = first->next;
-    return first;
-}
-
 static uint32_t dword(const command *cmd, unsigned number) { return (uint32_t)get(cmd->sqe + 4 * number, 4); }
 
 /* ---- doorbell -------------------------------------------------------------------------------------------------------------- */
 
-/* Locked. Notes an error that is no command's: an entry of the log, and an event. */
 static void doorbell_error(nvme *c, uint32_t queue, uint8_t info)
 {
     memmove(c->errors[1], c->errors[0], sizeof(c->errors) - sizeof(c->errors[0]));
@@ -230,37 +255,49 @@ static void doorbell_error(nvme *c, uint32_t queue, uint8_t info)
     note(c, EVENT_ERROR, info, LOG_ERRORS);
 }
 
-/* How far an entry of the queue is beyond its head. */
-static uint32_t ahead(const cq *q, uint32_t entry) { return (entry + q->entries - q->head) % q->entries; }
-
 /* Locked. The client says how far it is: with a submission queue's tail or with a completion queue's head. */
 static void doorbell(nvme *c, uint32_t index, uint32_t value)
 {
-    uint32_t id = index / 2, is_cq = index % 2, entries = 0;
-    if (id <= c->queues)
-        entries = is_cq ? c->cqs[id].entries : c->sqs[id].entries;
+    uint32_t id = index / 2;
     if (!c->running)
         return;
-    if (!entries)
+    if (id > c->queues || !(index % 2 ? c->cqs[id].entries : c->sqs[id].entries)) {
         doorbell_error(c, id, INVALID_DOORBELL);
-    else if (value >= entries || (is_cq && ahead(&c->cqs[id], value) > ahead(&c->cqs[id], c->cqs[id].tail)))
-        doorbell_error(c, id, INVALID_DOORBELL_VALUE);
-    else
-        *(is_cq ? &c->cqs[id].head : &c->sqs[id].tail) = value;
+    } else if (index % 2) {
+        cq *q = &c->cqs[id];
+        if (value >= q->entries || (value + q->entries - q->head) % q->entries > (q->tail + q->entries - q->head) % q->entries)
+            doorbell_error(c, id, INVALID_DOORBELL_VALUE);
+        else
+            q->head = value;
+    } else {
+        sq *q = &c->sqs[id];
+        if (value >= q->entries)
+            doorbell_error(c, id, INVALID_DOORBELL_VALUE);
+        else
+            q->tail = value;
+    }
 }
 
 /* ---- fetch ----------------------------------------------------------------------------------------------------------------- */
 
-static bool has_room(const cq *q) { return ahead(q, q->tail) + q->reserved < q->entries - 1; }
+static bool has_room(const cq *q) { return (q->tail + q->entries - q->head) % q->entries + q->reserved < q->entries - 1; }
 
-/* Locked. The next in turn that has a command to fetch, NULL: none has. */
-static sq *next_queue(nvme *c)
+/* Locked. Is there a command for this lane? */
+static bool is_ready(const lane *l, const sq *q)
 {
+    return q->entries && q->head != q->tail && !q->taken && !q->deleter && q->idle && has_room(q->cq) &&
+           (l->is_worker || !q->by_message);
+}
+
+/* Locked. The next in turn. */
+static sq *next_ready(lane *l)
+{
+    nvme *c = l->c;
     for (unsigned i = 1; c->running && c->master && i <= c->queues + 1; i++) {
-        sq *q = &c->sqs[(c->turn + i) % (c->queues + 1)];
-        if (q->head != q->tail && !q->taken && !q->deleter && q->idle.first && has_room(q->cq)) {
-            c->turn = q->id;
-            return q;
+        unsigned id = (c->turn + i) % (c->queues + 1);
+        if (is_ready(l, &c->sqs[id])) {
+            c->turn = id;
+            return &c->sqs[id];
         }
     }
     return NULL;
@@ -271,7 +308,7 @@ static void less_busy(nvme *c)
 {
     if (--c->busy)
         return;
-    pthread_cond_broadcast(&c->state);
+    pthread_cond_broadcast(&c->rest);
     if (c->stopping)
         close_queues(c);
 }
@@ -282,7 +319,8 @@ static command *retire(nvme *c, command *cmd)
 {
     sq *q = cmd->sq;
     command *deleter = NULL;
-    append(&q->idle, cmd);
+    cmd->next = q->idle;
+    q->idle = cmd;
     q->in_flight--;
     if (q->deleter && !q->in_flight && c->running) {
         deleter = q->deleter;
@@ -299,171 +337,200 @@ static void fatal(nvme *c, const char *what, int err)
     if (c->running && err != -ENOTCONN && err != -ECANCELED) /* it isn't the client that ends everything */
         fprintf(stderr, "nvme: controller failure: %s: %s\n", what, strerror(-err));
     c->running = false;
-    c->reg[CSTS] |= CSTS_CFS;
+    c->csts |= CSTS_CFS;
 }
 
-/* Locked. Copies the submission entry at the queue's head; NULL: it can't, or a reset was faster. */
-static command *fetch(worker *w, sq *q)
+/* Copies the next submission entry of a queue that is ready. NULL: it can't. */
+static command *copy_entry(lane *l, sq *q)
 {
-    nvme *c = w->c;
-    command *cmd = take_first(&q->idle);
+    nvme *c = l->c;
+    command *cmd = q->idle, *deleter = NULL;
+    q->idle = cmd->next;
     q->in_flight++;
     q->cq->reserved++;
     q->taken = true;
     c->busy++;
+    uint64_t iova = q->base + (uint64_t)q->head * SQE_SIZE;
     unlock(c);
-    int err = vfu_iommu_read(w->reader, q->base + (uint64_t)q->head * SQE_SIZE, cmd->sqe, SQE_SIZE);
+    int err = vfu_iommu_read(l->reader, iova, cmd->sqe, SQE_SIZE);
     lock(c);
     q->taken = false;
-    q->head = (q->head + 1) % q->entries;
     cmd->blocks = c->blocks;
     cmd->write_through = !c->features[WRITE_CACHE];
-    if (err)
+    cmd->decided = false;
+    if (err == -EDEADLK)
+        q->by_message = true;
+    else if (err)
         fatal(c, "a submission queue can't be read", err);
-    if (c->running)
-        return cmd;
-    q->cq->reserved--;
-    retire(c, cmd);
-    return NULL;
+    else
+        q->head = (q->head + 1) % q->entries;
+    if (q->by_message) /* one worker wakes the next */
+        pthread_cond_signal(&c->work);
+    if (err) {
+        q->cq->reserved--;
+        deleter = retire(c, cmd);
+    }
+    if (deleter) {
+        unlock(c);
+        finish(l, deleter, SUCCESS, 0);
+        lock(c);
+    }
+    return err ? NULL : cmd;
+}
+
+/* The next command for this lane. NULL: there is none. */
+static command *fetch(lane *l)
+{
+    command *cmd = NULL;
+    lock(l->c);
+    for (sq *q; !cmd && (q = next_ready(l));)
+        cmd = copy_entry(l, q);
+    unlock(l->c);
+    return cmd;
 }
 
 /* ---- dispatch -------------------------------------------------------------------------------------------------------------- */
 
-static void execute(worker *w, command *cmd)
+static void give_to_worker(nvme *c, command *cmd)
+{
+    lock(c);
+    cmd->next = NULL;
+    *c->jobs_end = cmd;
+    c->jobs_end = &cmd->next;
+    pthread_cond_signal(&c->work);
+    unlock(c);
+}
+
+static void execute(lane *l, command *cmd)
 {
     uint32_t result = 0;
     int status = INVALID_FIELD;
     if (!(cmd->sqe[1] & 0xc3)) /* neither fused nor with SGLs */
-        status = cmd->sq->id ? do_io(w, cmd) : do_admin(w, cmd, &result);
-    if (status != NOT_OURS)
-        finish(w, cmd, status, result);
+        status = cmd->sq->id ? do_io(l, cmd) : do_admin(l, cmd, &result);
+    if (status == NEEDS_WORKER)
+        give_to_worker(l->c, cmd);
+    else if (status != NOT_OURS)
+        finish(l, cmd, status, result);
 }
 
-/* Locked. The next command to execute; NULL: there is none. Everything is fetched first, so that an Abort, which as an admin
- * command doesn't wait its turn, finds what it is about. */
-static command *next_command(worker *w)
+/* Does what there is for a lane, up to a limit. True: there may be more. */
+static bool serve(lane *l)
 {
-    nvme *c = w->c;
-    for (sq *q; (q = next_queue(c));) {
-        command *cmd = fetch(w, q);
-        if (cmd && cmd->sq->id == 0)
-            return cmd;
-        if (cmd)
-            append(&c->jobs, cmd);
-    }
-    return take_first(&c->jobs);
-}
-
-/* Locked. Does one thing for the controller. False: there is nothing to do. */
-static bool work(worker *w)
-{
-    nvme *c = w->c;
-    uint32_t result = 0;
-    command *event = take_event(c, &result), *cmd = event ? NULL : next_command(w);
-    if (!event && !cmd && !w->posted)
-        return false;
-    if (cmd && (c->jobs.first || next_queue(c))) /* for another worker */
-        pthread_cond_signal(&c->work);
-    unlock(c);
-    if (event)
-        finish(w, event, SUCCESS, result);
-    else if (cmd)
-        execute(w, cmd);
-    else
-        interrupt(w);
-    lock(c);
-    return true;
+    command *cmd = NULL;
+    for (unsigned i = 0; i < SERVE_MAX && (cmd = fetch(l)); i++)
+        execute(l, cmd);
+    deliver_events(l);
+    interrupt(l);
+    return cmd;
 }
 
 /* ---- data pointer ---------------------------------------------------------------------------------------------------------- */
 
-/* Adds memory to the worker's ranges; returns len. */
-static uint32_t add_range(worker *w, uint64_t iova, uint32_t len)
+static void add_range(lane *l, uint64_t iova, size_t len)
 {
-    range *last = w->range_count ? &w->ranges[w->range_count - 1] : NULL;
-    if (last && last->at + last->len == iova && iova)
+    range *last = l->range_count ? &l->ranges[l->range_count - 1] : NULL;
+    if (last && last->iova + last->len == iova && iova)
         last->len += len;
     else
-        w->ranges[w->range_count++] = (range){iova, len};
-    return len;
+        l->ranges[l->range_count++] = (range){iova, len};
 }
 
-/* Turns the PRP entries (NVMe 4.3) of a command that moves len bytes, 1 to TRANSFER_MAX, into the worker's ranges. A list ends at
- * a page's end; if more is needed, its last entry says where the next list is: a whole page, so a second list is the last. */
-static int walk_prps(worker *w, const command *cmd, uint32_t len)
+static int transfer_status(int err) { return !err ? SUCCESS : err == -EDEADLK ? NEEDS_WORKER : DATA_TRANSFER_ERROR; }
+
+/* Reads one list of PRP entries, at *at, for the *left bytes that are still to be found. It ends with its page; if there is more,
+ * its last entry says where the next list is. */
+static int walk_list(lane *l, uint64_t *at, uint32_t *left)
+{
+    uint8_t list[PAGE];
+    uint32_t slots = (uint32_t)(PAGE - *at % PAGE) / 8, needed = (*left + PAGE - 1) / PAGE;
+    bool chains = needed > slots;
+    uint32_t count = chains ? slots : needed;
+    int err = vfu_iommu_read(l->reader, *at, list, count * 8);
+    if (err)
+        return transfer_status(err);
+    for (uint32_t i = 0; i < count; i++) {
+        uint64_t entry = get(list + i * 8, 8);
+        if (entry % PAGE)
+            return INVALID_PRP;
+        if (chains && i == count - 1) {
+            *at = entry;
+            break;
+        }
+        uint32_t part = *left < PAGE ? *left : PAGE;
+        add_range(l, entry, part);
+        *left -= part;
+    }
+    return SUCCESS;
+}
+
+/* Turns the PRP entries (NVMe 4.3) of a command that moves len bytes, at most TRANSFER_MAX, into ranges of the lane. Lists that a
+ * list names are whole pages, so the second is always the last. */
+static int walk_prps(lane *l, const command *cmd, uint32_t len)
 {
     uint64_t first = get(cmd->sqe + 24, 8), second = get(cmd->sqe + 32, 8);
     uint32_t part = PAGE - (uint32_t)(first % PAGE);
-    uint8_t entries[PAGE];
-    w->range_count = 0;
+    l->range_count = 0;
     if (first % 4)
         return INVALID_PRP;
-    len -= add_range(w, first, len < part ? len : part);
-    if (len && second % (len > PAGE ? 8 : PAGE))
+    part = part < len ? part : len;
+    add_range(l, first, part);
+    len -= part;
+    if (!len)
+        return SUCCESS;
+    if (second % (len > PAGE ? 8 : PAGE))
         return INVALID_PRP;
-    if (len && len <= PAGE)
-        len -= add_range(w, second, len);
-    while (len) {
-        uint32_t slots = (uint32_t)(PAGE - second % PAGE) / 8, needed = (len + PAGE - 1) / PAGE;
-        uint32_t count = needed < slots ? needed : slots;
-        if (vfu_iommu_read(w->reader, second, entries, count * 8))
-            return DATA_TRANSFER_ERROR;
-        for (uint32_t i = 0; i < count; i++) {
-            uint64_t entry = get(entries + i * 8, 8);
-            if (entry % PAGE)
-                return INVALID_PRP;
-            if (needed > count && i == count - 1)
-                second = entry;
-            else
-                len -= add_range(w, entry, len < PAGE ? len : PAGE);
-        }
+    if (len <= PAGE) {
+        add_range(l, second, len);
+        return SUCCESS;
     }
-    return SUCCESS;
+    int status = SUCCESS;
+    while (len && !status)
+        status = walk_list(l, &second, &len);
+    return status;
 }
 
-/* Copies between the worker's buffer and the guest's memory. */
-static int copy_ranges(worker *w, bool to_guest)
+/* Copies between the lane's buffer and the guest's memory. */
+static int copy_ranges(lane *l, bool to_guest)
 {
-    uint8_t *at = w->buffer;
-    for (unsigned i = 0; i < w->range_count; i++) {
-        const range *r = &w->ranges[i];
-        size_t len = (size_t)r->len;
-        if (to_guest ? vfu_iommu_write(w->reader, r->at, at, len) : vfu_iommu_read(w->reader, r->at, at, len))
-            return DATA_TRANSFER_ERROR;
-        at += len;
+    uint8_t *at = l->buffer;
+    int err = 0;
+    for (unsigned i = 0; i < l->range_count && !err; i++) {
+        const range *r = &l->ranges[i];
+        err = to_guest ? vfu_iommu_write(l->reader, r->iova, at, r->len) : vfu_iommu_read(l->reader, r->iova, at, r->len);
+        at += r->len;
     }
-    return SUCCESS;
+    return err;
 }
 
-static void drop_pins(worker *w, unsigned count)
+static void drop_pins(lane *l, unsigned count)
 {
     for (unsigned i = 0; i < count; i++)
-        vfu_iommu_pin_drop(vfu_dev_iommu(w->c->dev), &w->pins[i]);
+        vfu_iommu_pin_drop(vfu_dev_iommu(l->c->dev), &l->pins[i]);
 }
 
-/* Pins the ranges, and gives the memory behind them in w->iov. Returns how many, at most one for each page; -ENOTSUP: it can't be
+/* Pins the ranges, and gives the memory behind them in l->iov. Returns how many, at most one for each page; -ENOTSUP: it can't be
  * pinned; or another error. */
-static int pin_ranges(worker *w, uint32_t prot)
+static int pin_ranges(lane *l, uint32_t prot)
 {
     unsigned count = 0;
-    for (unsigned i = 0; i < w->range_count; i++) {
-        const range *r = &w->ranges[i];
-        int got = vfu_iommu_pin_take(w->reader, &w->pins[i], r->at, r->len, prot, w->segments, PAGES_MAX - count);
+    for (unsigned i = 0; i < l->range_count; i++) {
+        const range *r = &l->ranges[i];
+        int got = vfu_iommu_pin_take(l->reader, &l->pins[i], r->iova, r->len, prot, l->segments, PAGES_MAX - count);
         if (got < 0) {
-            drop_pins(w, i);
+            drop_pins(l, i);
             return got;
         }
         for (int s = 0; s < got; s++)
-            w->iov[count++] = (struct iovec){w->segments[s].host, w->segments[s].len};
+            l->iov[count++] = (struct iovec){l->segments[s].host, l->segments[s].len};
     }
     return (int)count;
 }
 
-/* The len bytes of the worker's buffer are a command's answer. */
-static int give_data(worker *w, const command *cmd, uint32_t len)
+/* The len bytes of the lane's buffer are a command's answer. */
+static int give_data(lane *l, const command *cmd, uint32_t len)
 {
-    int status = walk_prps(w, cmd, len);
-    return status ? status : copy_ranges(w, true);
+    int status = walk_prps(l, cmd, len);
+    return status ? status : transfer_status(copy_ranges(l, true));
 }
 
 /* ---- I/O ------------------------------------------------------------------------------------------------------------------- */
@@ -479,93 +546,125 @@ static int file_status(int err, bool write)
     }
 }
 
-/* Moves all of iov. 0 or a negative errno. What other commands have completed isn't kept from the guest while this one waits for
- * the disk. */
-static int file_move(worker *w, bool write, struct iovec *iov, int count, uint64_t offset, int flags)
+/* Moves all of iov. 0 or a negative errno; with NO_WAIT, -EAGAIN and -EOPNOTSUPP mean that it can't be done now, or never. */
+static int file_move(nvme *c, bool write, struct iovec *iov, int count, uint64_t offset, int flags)
 {
     while (count) {
-        int patience = w->posted ? NO_WAIT : 0;
-        long n = syscall(write ? SYS_pwritev2 : SYS_preadv2, w->c->image, iov, (unsigned long)count, (unsigned long)offset,
-                         (unsigned long)(offset >> 32), (unsigned long)(flags | patience));
-        if (n < 0 && patience)
-            interrupt(w);
-        else if (n <= 0 && !(n < 0 && errno == EINTR))
-            return n ? -errno : -EIO; /* the file was made shorter */
-        for (size_t left = n > 0 ? (size_t)n : 0, part; left; left -= part) {
-            part = left < iov->iov_len ? left : iov->iov_len;
+        long n = syscall(write ? SYS_pwritev2 : SYS_preadv2, c->image, iov, (unsigned long)count, (unsigned long)offset,
+                         (unsigned long)(offset >> 32), (unsigned long)flags);
+        if (n <= 0) {
+            int err = n ? -errno : -EIO; /* the file was made shorter */
+            if (err == -EINTR)
+                continue;
+            return err;
+        }
+        offset += (uint64_t)n;
+        for (size_t left = (size_t)n; left;) {
+            size_t part = left < iov->iov_len ? left : iov->iov_len;
             iov->iov_base = (char *)iov->iov_base + part;
             iov->iov_len -= part;
-            offset += part;
-            if (!iov->iov_len && count--)
+            left -= part;
+            if (!iov->iov_len) {
                 iov++;
+                count--;
+            }
         }
     }
     return 0;
 }
 
-/* Reads or writes the bytes of the worker's ranges: in place if they can be pinned, else through the worker's buffer. */
-static int read_write(worker *w, const command *cmd, bool write, uint64_t offset, uint64_t len, bool durable)
+/* Reads or writes the len bytes of the lane's ranges: in place if they can be pinned, else through the lane's buffer. */
+static int move(lane *l, bool write, uint64_t offset, uint32_t len, int flags)
 {
-    nvme *c = w->c;
-    int status = len > TRANSFER_MAX ? INVALID_FIELD : walk_prps(w, cmd, (uint32_t)len);
-    if (status)
-        return status;
-    int count = pin_ranges(w, write ? VFU_IOMMU_READ : VFU_IOMMU_WRITE);
+    int count = pin_ranges(l, write ? VFU_IOMMU_READ : VFU_IOMMU_WRITE);
     bool pinned = count >= 0;
     if (!pinned && count != -ENOTSUP)
         return DATA_TRANSFER_ERROR;
     if (!pinned) {
-        w->iov[0] = (struct iovec){w->buffer, (size_t)len};
+        l->iov[0] = (struct iovec){l->buffer, len};
         count = 1;
-        status = write ? copy_ranges(w, false) : SUCCESS;
+        int err = write ? copy_ranges(l, false) : 0;
+        if (err)
+            return transfer_status(err);
     }
-    if (!status)
-        status = file_status(file_move(w, write, w->iov, count, offset, durable ? DURABLE : 0), write);
+    int err = file_move(l->c, write, l->iov, count, offset, flags);
     if (pinned)
-        drop_pins(w, w->range_count);
-    else if (!status && !write)
-        status = copy_ranges(w, true);
-    lock(c);
-    c->moves[write] += !status;
-    c->units_moved[write] += status ? 0 : len >> 9;
-    unlock(c);
-    return status;
+        drop_pins(l, l->range_count);
+    if (err && flags & NO_WAIT) {
+        if (err == -EOPNOTSUPP || err == -ENOSYS)
+            atomic_store(write ? &l->c->writes_wait : &l->c->reads_wait, true);
+        return NEEDS_WORKER;
+    }
+    return err || pinned || write ? file_status(err, write) : transfer_status(copy_ranges(l, true));
 }
 
-/* Makes a part of the file read as zeros, without storage where that is wanted and the file system can do it. */
-static int make_zero(worker *w, const range *part, bool deallocate)
+/* Are these blocks of the namespace? */
+static bool in_range(const command *cmd, uint64_t lba, uint64_t count)
 {
-    int fd = w->c->image, err = 0;
-    if (deallocate && fallocate(fd, PUNCH_HOLE | KEEP_SIZE, (off_t)part->at, (off_t)part->len) == 0)
+    return lba <= cmd->blocks && count <= cmd->blocks - lba;
+}
+
+/* Has a write to be on the disk when it is completed? */
+static bool is_durable(const command *cmd) { return cmd->write_through || dword(cmd, 12) >> 30 & 1; }
+
+static int read_write(lane *l, const command *cmd, bool write)
+{
+    nvme *c = l->c;
+    uint64_t lba = get(cmd->sqe + 40, 8), count = get(cmd->sqe + 48, 2) + UINT64_C(1), len = count << c->block_shift;
+    bool durable = write && is_durable(cmd);
+    if (len > TRANSFER_MAX)
+        return INVALID_FIELD;
+    if (!in_range(cmd, lba, count))
+        return LBA_OUT_OF_RANGE;
+    if (write && c->read_only)
+        return WRITE_PROTECTED;
+    if (!l->is_worker && (durable || len > INLINE_MAX || atomic_load(write ? &c->writes_wait : &c->reads_wait)))
+        return NEEDS_WORKER;
+    int status = walk_prps(l, cmd, (uint32_t)len);
+    if (!status)
+        status = move(l, write, lba << c->block_shift, (uint32_t)len, !l->is_worker ? NO_WAIT : durable ? DURABLE : 0);
+    if (status)
+        return status;
+    lock(c);
+    *(write ? &c->writes : &c->reads) += 1;
+    *(write ? &c->units_written : &c->units_read) += len >> 9;
+    unlock(c);
+    return SUCCESS;
+}
+
+/* Makes a part of the file read as zeros, without storage where the file system can do that. */
+static int make_zero(lane *l, const zeros *z)
+{
+    int fd = l->c->image, err = 0;
+    if (z->deallocate && fallocate(fd, PUNCH_HOLE | KEEP_SIZE, (off_t)z->offset, (off_t)z->len) == 0)
         return 0;
-    if (fallocate(fd, ZERO_RANGE | KEEP_SIZE, (off_t)part->at, (off_t)part->len) == 0)
+    if (fallocate(fd, ZERO_RANGE | KEEP_SIZE, (off_t)z->offset, (off_t)z->len) == 0)
         return 0;
     if (errno != EOPNOTSUPP && errno != ENOSYS)
         return -errno;
-    memset(w->buffer, 0, TRANSFER_MAX);
-    for (uint64_t done = 0, len; done < part->len && !err; done += len) {
-        len = part->len - done < TRANSFER_MAX ? part->len - done : TRANSFER_MAX;
-        w->iov[0] = (struct iovec){w->buffer, (size_t)len};
-        err = file_move(w, true, w->iov, 1, part->at + done, 0);
+    memset(l->buffer, 0, TRANSFER_MAX);
+    for (uint64_t done = 0, part; done < z->len && !err; done += part) {
+        part = z->len - done < TRANSFER_MAX ? z->len - done : TRANSFER_MAX;
+        l->iov[0] = (struct iovec){l->buffer, (size_t)part};
+        err = file_move(l->c, true, l->iov, 1, z->offset + done, 0);
     }
     return err;
 }
 
 static int flush(nvme *c) { return fdatasync(c->image) < 0 ? -errno : 0; }
 
-/* Zeroes parts of the file, then flushes it if that is wanted. This can take long and touches nothing of the guest, so a reset
- * doesn't wait for it: then the command is gone when it returns. */
-static int zero_and_flush(worker *w, const range *parts, uint32_t count, bool deallocate, bool flushes)
+/* Zeroes parts of the file, then flushes it if that is wanted. This can take as long as it likes and touches nothing of the guest,
+ * so a reset doesn't wait for it: then the command is gone when it returns. */
+static int zero_and_flush(lane *l, const zeros *parts, unsigned count, bool flushes)
 {
-    nvme *c = w->c;
+    nvme *c = l->c;
     int err = 0;
-    interrupt(w);
     lock(c);
     uint32_t resets = c->resets;
     less_busy(c);
     unlock(c);
-    for (uint32_t i = 0; i < count && !err; i++)
-        err = parts[i].len ? make_zero(w, &parts[i], deallocate) : 0;
+    for (unsigned i = 0; i < count && !err; i++)
+        err = parts[i].len ? make_zero(l, &parts[i]) : 0;
     if (!err && flushes)
         err = flush(c);
     lock(c);
@@ -575,64 +674,68 @@ static int zero_and_flush(worker *w, const range *parts, uint32_t count, bool de
     return gone ? NOT_OURS : file_status(err, true);
 }
 
-/* Are these blocks of the namespace? */
-static bool in_range(const command *cmd, uint64_t lba, uint64_t count)
+static int write_zeroes(lane *l, const command *cmd)
 {
-    return lba <= cmd->blocks && count <= cmd->blocks - lba;
+    nvme *c = l->c;
+    uint64_t lba = get(cmd->sqe + 40, 8), count = get(cmd->sqe + 48, 2) + UINT64_C(1);
+    zeros part = {lba << c->block_shift, count << c->block_shift, dword(cmd, 12) >> 25 & 1};
+    if (!in_range(cmd, lba, count))
+        return LBA_OUT_OF_RANGE;
+    if (c->read_only)
+        return WRITE_PROTECTED;
+    return l->is_worker ? zero_and_flush(l, &part, 1, is_durable(cmd)) : NEEDS_WORKER;
 }
 
-static int dataset_management(worker *w, const command *cmd)
+static int dataset_management(lane *l, const command *cmd)
 {
-    range parts[RANGES_MAX];
+    nvme *c = l->c;
+    zeros parts[RANGES_MAX];
     uint32_t count = (dword(cmd, 10) & 0xff) + 1;
     bool deallocate = dword(cmd, 11) & 4;
-    int status = walk_prps(w, cmd, count * 16);
+    if (c->read_only)
+        return WRITE_PROTECTED;
+    if (!l->is_worker)
+        return NEEDS_WORKER;
+    int status = walk_prps(l, cmd, count * 16);
     if (!status)
-        status = copy_ranges(w, false);
+        status = transfer_status(copy_ranges(l, false));
     for (uint32_t i = 0; i < count && !status; i++) {
-        uint64_t blocks = get(w->buffer + i * 16 + 4, 4), lba = get(w->buffer + i * 16 + 8, 8);
-        parts[i] = (range){lba << w->c->block_shift, blocks << w->c->block_shift};
+        uint64_t blocks = get(l->buffer + i * 16 + 4, 4), lba = get(l->buffer + i * 16 + 8, 8);
+        parts[i] = (zeros){lba << c->block_shift, blocks << c->block_shift, true};
         status = in_range(cmd, lba, blocks) ? SUCCESS : LBA_OUT_OF_RANGE;
     }
-    return status ? status : zero_and_flush(w, parts, deallocate ? count : 0, true, cmd->write_through);
+    return status ? status : zero_and_flush(l, parts, deallocate ? count : 0, cmd->write_through);
 }
 
-static int do_io(worker *w, const command *cmd)
+static int do_io(lane *l, const command *cmd)
 {
-    nvme *c = w->c;
     uint8_t opcode = cmd->sqe[0];
-    uint64_t lba = get(cmd->sqe + 40, 8), count = get(cmd->sqe + 48, 2) + UINT64_C(1);
-    range whole = {lba << c->block_shift, count << c->block_shift};
-    bool durable = cmd->write_through || dword(cmd, 12) >> 30 & 1; /* when it is completed: the cache is off, or FUA */
-    if (opcode > READ && opcode != WRITE_ZEROES && opcode != DATASET_MANAGEMENT)
+    if (opcode != FLUSH && opcode != WRITE && opcode != READ && opcode != WRITE_ZEROES && opcode != DATASET_MANAGEMENT)
         return INVALID_OPCODE;
     if (dword(cmd, 1) != 1 && !(opcode == FLUSH && dword(cmd, 1) == UINT32_MAX))
         return INVALID_NAMESPACE;
-    if (c->read_only && opcode != READ && opcode != FLUSH)
-        return WRITE_PROTECTED;
-    if (opcode != FLUSH && opcode != DATASET_MANAGEMENT && !in_range(cmd, lba, count))
-        return LBA_OUT_OF_RANGE;
     switch (opcode) {
-    case FLUSH: return zero_and_flush(w, NULL, 0, false, true);
-    case WRITE_ZEROES: return zero_and_flush(w, &whole, 1, dword(cmd, 12) >> 25 & 1, durable);
-    case DATASET_MANAGEMENT: return dataset_management(w, cmd);
-    default: return read_write(w, cmd, opcode == WRITE, whole.at, whole.len, opcode == WRITE && durable);
+    case FLUSH: return l->is_worker ? zero_and_flush(l, NULL, 0, true) : NEEDS_WORKER;
+    case WRITE_ZEROES: return write_zeroes(l, cmd);
+    case DATASET_MANAGEMENT: return dataset_management(l, cmd);
+    default: return read_write(l, cmd, opcode == WRITE);
     }
 }
 
 /* ---- admin: queues --------------------------------------------------------------------------------------------------------- */
 
 /* Locked. 0 or -ENOMEM */
-static int open_sq(nvme *c, uint32_t id, uint64_t base, uint32_t entries, cq *completion)
+static int open_sq(nvme *c, uint16_t id, uint64_t base, uint32_t entries, cq *completion)
 {
     command *commands = calloc(entries, sizeof(*commands));
     if (!commands)
         return -ENOMEM;
     sq *q = &c->sqs[id];
-    *q = (sq){.base = base, .id = (uint16_t)id, .entries = entries, .cq = completion, .commands = commands};
+    *q = (sq){.base = base, .id = id, .entries = entries, .cq = completion, .commands = commands};
     for (uint32_t i = 0; i < entries; i++) {
         commands[i].sq = q;
-        append(&q->idle, &commands[i]);
+        commands[i].next = q->idle;
+        q->idle = &commands[i];
     }
     completion->users++;
     return 0;
@@ -653,53 +756,81 @@ static void clear_doorbell(nvme *c, unsigned index)
         atomic_store(&c->page[index], 0);
 }
 
-/* Locked. Create I/O Completion Queue, and Create I/O Submission Queue for the completion queue `other`. */
-static int create_queue(worker *w, const command *cmd, bool is_cq)
+/* What Create I/O Submission Queue and Create I/O Completion Queue have in common. */
+static int check_queue(lane *l, const command *cmd, bool exists, uint32_t entry_size, uint32_t prot)
 {
-    nvme *c = w->c;
-    uint32_t id = dword(cmd, 10) & 0xffff, entries = (dword(cmd, 10) >> 16) + 1, other = dword(cmd, 11) >> 16;
-    uint64_t base = get(cmd->sqe + 24, 8), size = (uint64_t)entries * (is_cq ? CQE_SIZE : SQE_SIZE);
-    bool interrupts = dword(cmd, 11) & 2;
-    if (!id || id > c->queues || (is_cq ? c->cqs[id].entries : c->sqs[id].entries))
+    nvme *c = l->c;
+    uint32_t id = dword(cmd, 10) & 0xffff, entries = (dword(cmd, 10) >> 16) + 1;
+    uint64_t base = get(cmd->sqe + 24, 8);
+    if (!id || id > c->queues || exists)
         return INVALID_QUEUE;
-    if (entries < 2 || entries > ENTRIES_MAX || (c->reg[CC] & CC_ENTRIES) != CC_ENTRIES_GOOD)
+    if (entries < 2 || entries > ENTRIES_MAX || (c->cc & CC_ENTRIES) != CC_ENTRIES_GOOD)
         return INVALID_QUEUE_SIZE;
     if (!(dword(cmd, 11) & 1)) /* not contiguous */
         return INVALID_FIELD;
     if (base % PAGE)
         return INVALID_PRP;
-    if (is_cq && interrupts && other > c->queues) /* a vector */
+    return transfer_status(vfu_iommu_probe(l->reader, base, (uint64_t)entries * entry_size, prot));
+}
+
+static int create_cq(lane *l, const command *cmd)
+{
+    nvme *c = l->c;
+    uint32_t id = dword(cmd, 10) & 0xffff, vector = dword(cmd, 11) >> 16;
+    bool interrupts = dword(cmd, 11) & 2;
+    int status = check_queue(l, cmd, id <= c->queues && c->cqs[id].entries, CQE_SIZE, VFU_IOMMU_WRITE);
+    if (status)
+        return status;
+    if (interrupts && vector > c->queues)
         return INVALID_VECTOR;
-    if (!is_cq && (!other || other > c->queues))
-        return INVALID_QUEUE;
-    if (!is_cq && !c->cqs[other].entries)
-        return NO_SUCH_CQ;
-    if (vfu_iommu_probe(w->reader, base, size, is_cq ? VFU_IOMMU_WRITE : VFU_IOMMU_READ))
-        return DATA_TRANSFER_ERROR;
-    clear_doorbell(c, id * 2 + is_cq);
-    if (!is_cq)
-        return open_sq(c, id, base, entries, &c->cqs[other]) ? INTERNAL_ERROR : SUCCESS;
-    c->cqs[id] = (cq){.base = base, .entries = entries, .phase = 1, .interrupts = interrupts, .vector = (uint16_t)other};
+    c->cqs[id] = (cq){.base = get(cmd->sqe + 24, 8),
+                      .entries = (dword(cmd, 10) >> 16) + 1,
+                      .phase = 1,
+                      .interrupts = interrupts,
+                      .vector = (uint16_t)vector};
+    clear_doorbell(c, id * 2 + 1);
     return SUCCESS;
 }
 
-/* Locked. A submission queue's commands end first. */
-static int delete_queue(nvme *c, command *cmd, bool is_cq)
+static int create_sq(lane *l, const command *cmd)
+{
+    nvme *c = l->c;
+    uint32_t id = dword(cmd, 10) & 0xffff, completion = dword(cmd, 11) >> 16;
+    int status = check_queue(l, cmd, id <= c->queues && c->sqs[id].entries, SQE_SIZE, VFU_IOMMU_READ);
+    if (status)
+        return status;
+    if (!completion || completion > c->queues)
+        return INVALID_QUEUE;
+    if (!c->cqs[completion].entries)
+        return NO_SUCH_CQ;
+    clear_doorbell(c, id * 2);
+    return open_sq(c, (uint16_t)id, get(cmd->sqe + 24, 8), (dword(cmd, 10) >> 16) + 1, &c->cqs[completion]) ? INTERNAL_ERROR
+                                                                                                            : SUCCESS;
+}
+
+static int delete_sq(nvme *c, command *cmd)
 {
     uint32_t id = dword(cmd, 10) & 0xffff;
-    if (!id || id > c->queues || (is_cq ? !c->cqs[id].entries : !c->sqs[id].entries || c->sqs[id].deleter))
+    if (!id || id > c->queues || !c->sqs[id].entries || c->sqs[id].deleter)
         return INVALID_QUEUE;
-    if (is_cq && c->cqs[id].users)
-        return INVALID_DELETION;
-    if (is_cq) {
-        c->cqs[id] = (cq){0};
-    } else if (c->sqs[id].in_flight) {
-        c->sqs[id].deleter = cmd;
+    sq *q = &c->sqs[id];
+    if (q->in_flight) {
+        q->deleter = cmd;
         less_busy(c);
         return NOT_OURS;
-    } else {
-        close_sq(&c->sqs[id]);
     }
+    close_sq(q);
+    return SUCCESS;
+}
+
+static int delete_cq(nvme *c, const command *cmd)
+{
+    uint32_t id = dword(cmd, 10) & 0xffff;
+    if (!id || id > c->queues || !c->cqs[id].entries)
+        return INVALID_QUEUE;
+    if (c->cqs[id].users)
+        return INVALID_DELETION;
+    c->cqs[id] = (cq){0};
     return SUCCESS;
 }
 
@@ -716,14 +847,14 @@ static void identify_controller(const nvme *c, uint8_t *d)
 {
     char serial[24];
     snprintf(serial, sizeof(serial), "VFU%016llX", (unsigned long long)c->id);
-    snprintf((char *)d + 768, 256, "nqn.2024-01.io.github.vfu:nvme:%016llx", (unsigned long long)c->id); /* SUBNQN */
-    put(d, 4, 0x12341234);                                                                               /* VID, SSVID */
+    put(d, 2, 0x1234);
+    put(d + 2, 2, 0x1234);
     put_text(d + 4, 20, serial);
     put_text(d + 24, 40, "vfu NVMe disk");
     put_text(d + 64, 8, VFU_VERSION);
     d[77] = MDTS;
-    put(d + 78, 2, 1); /* CNTLID */
-    put(d + 80, 4, VERSION);
+    put(d + 78, 2, 1);                 /* CNTLID */
+    put(d + 80, 4, 0x10400);           /* VER */
     put(d + 92, 4, NAMESPACE_NOTICES); /* OAES */
     d[111] = 1;                        /* CNTRLTYPE: I/O */
     d[258] = 3;                        /* ACL: 4 */
@@ -737,76 +868,92 @@ static void identify_controller(const nvme *c, uint8_t *d)
     put(d + 516, 4, 1);     /* NN */
     put(d + 520, 2, 0x0c);  /* ONCS: Dataset Management, Write Zeroes */
     d[525] = !c->read_only; /* VWC */
+    snprintf((char *)d + 768, 256, "nqn.2024-01.io.github.vfu:nvme:%016llx", (unsigned long long)c->id); /* SUBNQN */
     put(d + 2048, 2, 2500); /* power state 0: MP, in units of 10 mW */
 }
 
 static void identify_namespace(const nvme *c, const command *cmd, uint8_t *d)
 {
-    for (unsigned i = 0; i < 3; i++) /* NSZE, NCAP, NUSE */
-        put(d + i * 8, 8, cmd->blocks);
-    d[33] = 0x9;            /* DLFEAT: deallocated blocks read as zeros, Write Zeroes can deallocate */
-    d[99] = c->read_only;   /* NSATTR */
-    put(d + 104, 8, c->id); /* NGUID, and EUI64 */
+    put(d, 8, cmd->blocks);      /* NSZE */
+    put(d + 8, 8, cmd->blocks);  /* NCAP */
+    put(d + 16, 8, cmd->blocks); /* NUSE */
+    d[33] = 0x9;                 /* DLFEAT: deallocated blocks read as zeros, Write Zeroes can deallocate */
+    d[99] = c->read_only;        /* NSATTR */
+    put(d + 104, 8, c->id);      /* NGUID, and EUI64 */
     put(d + 112, 8, ~c->id);
     put(d + 120, 8, c->id);
     d[128 + 2] = (uint8_t)c->block_shift; /* LBAF0 */
 }
 
-static int identify(worker *w, const command *cmd)
+static int identify(lane *l, const command *cmd)
 {
-    uint8_t *d = w->buffer;
-    uint32_t nsid = dword(cmd, 1), what = dword(cmd, 10) & 0xff;
+    uint8_t *d = l->buffer;
+    uint32_t nsid = dword(cmd, 1);
     memset(d, 0, PAGE);
-    if (what > 3)
-        return INVALID_FIELD;
-    if (what == 2 ? nsid >= 0xfffffffe : what != 1 && nsid != 1)
-        return INVALID_NAMESPACE;
-    switch (what) {
-    case 0: identify_namespace(w->c, cmd, d); break;
-    case 1: identify_controller(w->c, d); break;
-    case 2: put(d, 4, nsid < 1); break; /* active namespaces above nsid */
-    case 3:                             /* descriptors of the namespace: NGUID, EUI64 */
-        put(d, 2, 0x1002);
-        put(d + 4, 8, w->c->id);
-        put(d + 12, 8, ~w->c->id);
-        put(d + 20, 2, 0x0801);
-        put(d + 24, 8, w->c->id);
+    switch (dword(cmd, 10) & 0xff) {
+    case 0x00:
+        if (nsid != 1)
+            return INVALID_NAMESPACE;
+        identify_namespace(l->c, cmd, d);
         break;
+    case 0x01: identify_controller(l->c, d); break;
+    case 0x02: /* active namespaces above nsid */
+        if (nsid >= 0xfffffffe)
+            return INVALID_NAMESPACE;
+        put(d, 4, nsid < 1);
+        break;
+    case 0x03: /* NGUID and EUI64 */
+        if (nsid != 1)
+            return INVALID_NAMESPACE;
+        d[0] = 2;
+        d[1] = 16;
+        put(d + 4, 8, l->c->id);
+        put(d + 12, 8, ~l->c->id);
+        d[20] = 1;
+        d[21] = 8;
+        put(d + 24, 8, l->c->id);
+        break;
+    default: return INVALID_FIELD;
     }
-    return give_data(w, cmd, PAGE);
+    return give_data(l, cmd, PAGE);
 }
 
-static int get_log(worker *w, const command *cmd)
+/* Locked. */
+static void smart_log(const nvme *c, uint8_t *d)
 {
-    nvme *c = w->c;
-    uint8_t *d = w->buffer;
+    put(d + 1, 2, 300); /* kelvin */
+    d[3] = 100;         /* spare, percent */
+    d[4] = 10;
+    put(d + 32, 8, (c->units_read + 999) / 1000);
+    put(d + 48, 8, (c->units_written + 999) / 1000);
+    put(d + 64, 8, c->reads);
+    put(d + 80, 8, c->writes);
+    put(d + 176, 8, c->error_count);
+}
+
+static int get_log(lane *l, const command *cmd)
+{
+    nvme *c = l->c;
+    uint8_t *d = l->buffer;
     uint32_t page = dword(cmd, 10) & 0xff, nsid = dword(cmd, 1);
     uint64_t len = ((dword(cmd, 11) & UINT64_C(0xffff)) << 16 | dword(cmd, 10) >> 16) * 4 + 4;
     if (page < LOG_ERRORS || page > LOG_CHANGED_NAMESPACES)
-        return INVALID_LOG;
+        return INVALID_LOG_PAGE;
     if (len > TRANSFER_MAX || dword(cmd, 12) || dword(cmd, 13) || (page == LOG_SMART && nsid && nsid != UINT32_MAX))
         return INVALID_FIELD;
     memset(d, 0, TRANSFER_MAX);
     lock(c);
     switch (page) {
     case LOG_ERRORS: memcpy(d, c->errors, sizeof(c->errors)); break;
-    case LOG_SMART:
-        put(d + 1, 2, 300);    /* kelvin */
-        put(d + 3, 2, 0x0a64); /* 100 % spare; less than 10 would be few */
-        for (unsigned write = 0; write < 2; write++) {
-            put(d + 32 + write * 16, 8, (c->units_moved[write] + 999) / 1000);
-            put(d + 64 + write * 16, 8, c->moves[write]);
-        }
-        put(d + 176, 8, c->error_count);
-        break;
+    case LOG_SMART: smart_log(c, d); break;
     case LOG_FIRMWARE:
         d[0] = 1; /* slot 1 is active */
         put_text(d + 8, 8, VFU_VERSION);
         break;
-    default: d[0] = c->namespace_changed; break; /* a list of one, or none */
+    case LOG_CHANGED_NAMESPACES: d[0] = c->namespace_changed; break;
     }
     unlock(c);
-    int status = give_data(w, cmd, (uint32_t)len);
+    int status = give_data(l, cmd, (uint32_t)len);
     if (status || dword(cmd, 10) & 1 << 15) /* retain the event */
         return status;
     lock(c);
@@ -821,172 +968,194 @@ static int get_log(worker *w, const command *cmd)
 
 /* ---- admin: features, abort ------------------------------------------------------------------------------------------------ */
 
-/* Locked. Set Features, and Get Features, which changes nothing. Values that need no more are kept as they come. */
-static int do_feature(nvme *c, const command *cmd, bool set, uint32_t *result)
+static bool has_feature(uint32_t id) { return id >= ARBITRATION && id < FEATURES && id != 3; }
+
+/* Locked. */
+static int set_feature(nvme *c, const command *cmd, uint32_t *result)
 {
-    uint32_t id = dword(cmd, 10) & 0xff, value = dword(cmd, 11), slot = id;
-    if (id < ARBITRATION || id >= FEATURES || id == LBA_TYPES || (!set && dword(cmd, 10) >> 8 & 7)) /* only current values */
+    uint32_t id = dword(cmd, 10) & 0xff, value = dword(cmd, 11);
+    if (!has_feature(id))
         return INVALID_FIELD;
-    if (set && dword(cmd, 10) >> 31)
+    if (dword(cmd, 10) >> 31)
         return NOT_SAVEABLE;
-    if ((id == POWER && set && value & 0x1f) || (id == TEMPERATURE && value >> 21 & 1))
-        return INVALID_FIELD;
-    if (id == QUEUE_COUNT) {
-        if (set && ((value & 0xffff) == 0xffff || value >> 16 == 0xffff))
+    switch (id) {
+    case POWER: return value & 0x1f ? INVALID_FIELD : SUCCESS;
+    case TEMPERATURE:
+        if (value >> 20 & 2)
             return INVALID_FIELD;
-        for (unsigned i = 1; set && i <= c->queues; i++)
+        if (!(value >> 16 & 0xf)) /* there is no sensor but the composite one */
+            c->temperatures[value >> 20 & 1] = value & 0xffff;
+        return SUCCESS;
+    case WRITE_CACHE: c->features[id] = value & 1; return SUCCESS;
+    case QUEUE_COUNT:
+        if ((value & 0xffff) == 0xffff || value >> 16 == 0xffff)
+            return INVALID_FIELD;
+        for (unsigned i = 1; i <= c->queues; i++)
             if (c->sqs[i].entries || c->cqs[i].entries)
                 return SEQUENCE_ERROR;
         *result = (c->queues - 1) * 0x10001;
         return SUCCESS;
+    case VECTOR: return (value & 0xffff) > c->queues ? INVALID_FIELD : SUCCESS;
+    default: c->features[id] = value; return SUCCESS;
     }
+}
+
+/* Locked. */
+static int get_feature(nvme *c, const command *cmd, uint32_t *result)
+{
+    uint32_t id = dword(cmd, 10) & 0xff, value = dword(cmd, 11);
+    if (!has_feature(id) || dword(cmd, 10) >> 8 & 7 /* only current values */)
+        return INVALID_FIELD;
+    *result = c->features[id];
+    if (id == TEMPERATURE)
+        *result = value >> 16 & 0xf ? 0 : c->temperatures[value >> 20 & 1];
+    if (id == QUEUE_COUNT)
+        *result = (c->queues - 1) * 0x10001;
     if (id == VECTOR) {
+        if ((value & 0xffff) > c->queues)
+            return INVALID_FIELD;
         *result = (value & 0xffff) | 1 << 16; /* nothing is coalesced */
-        return (value & 0xffff) > c->queues ? INVALID_FIELD : SUCCESS;
     }
-    if (id == TEMPERATURE && value >> 16 & 0xf) /* there is no sensor but the composite one */
-        return SUCCESS;
-    if (id == TEMPERATURE && value >> 20 & 1)
-        slot = FEATURES;
-    if (set)
-        c->features[slot] = id == TEMPERATURE ? value & 0xffff : id == WRITE_CACHE ? value & 1 : value;
-    else
-        *result = c->features[slot];
     return SUCCESS;
 }
 
-/* Locked. Takes a command out of a list; NULL: it isn't there. */
-static command *take_back(list *from, uint32_t sqid, uint32_t cid)
+/* Locked. Takes a command that has not begun out of its list, NULL: there is none. */
+static command *take_back(nvme *c, uint32_t sqid, uint32_t cid)
 {
-    for (command **link = &from->first; *link; link = &(*link)->next) {
+    for (unsigned i = 0; !sqid && has_room(&c->cqs[0]) && i < c->event_request_count; i++) {
+        command *cmd = c->event_requests[i];
+        if (get(cmd->sqe + 2, 2) == cid) {
+            c->event_requests[i] = c->event_requests[--c->event_request_count];
+            cmd->sq->cq->reserved++;
+            c->busy++;
+            return cmd;
+        }
+    }
+    for (command **link = &c->jobs; *link; link = &(*link)->next) {
         command *cmd = *link;
-        if (cmd->sq->id == sqid && get(cmd->sqe + 2, 2) == cid) {
+        if (cmd->sq->id == sqid && get(cmd->sqe + 2, 2) == cid && !cmd->decided) {
             *link = cmd->next;
             if (!*link)
-                from->end = link;
+                c->jobs_end = link;
             return cmd;
         }
     }
     return NULL;
 }
 
-/* Locked. The request waits for an event, and keeps nothing else waiting: no reset, nobody who needs room in the queue. */
+static int abort_command(lane *l, const command *cmd, uint32_t *result)
+{
+    nvme *c = l->c;
+    lock(c);
+    command *victim = take_back(c, dword(cmd, 10) & 0xffff, dword(cmd, 10) >> 16);
+    unlock(c);
+    *result = !victim;
+    if (victim)
+        finish(l, victim, ABORTED, 0);
+    return SUCCESS;
+}
+
+/* Locked. */
 static int event_request(nvme *c, command *cmd)
 {
     if (c->event_request_count == EVENT_REQUESTS)
-        return EVENT_REQUESTS_EXCEEDED;
-    append(&c->event_requests, cmd);
-    c->event_request_count++;
-    cmd->sq->cq->reserved--;
+        return TOO_MANY_EVENT_REQUESTS;
+    c->event_requests[c->event_request_count++] = cmd;
+    cmd->sq->cq->reserved--; /* or those who wait for events would fill a small queue */
     less_busy(c);
     return NOT_OURS;
 }
 
-/* Locked. It goes on, if there is one. */
-static command *resume(nvme *c, command *request)
+static int do_admin(lane *l, command *cmd, uint32_t *result)
 {
-    if (request) {
-        c->event_request_count--;
-        c->cqs[0].reserved++;
-        c->busy++;
-    }
-    return request;
-}
-
-/* What hasn't begun is completed with an error, and has done nothing. */
-static int abort_command(worker *w, const command *cmd, uint32_t *result)
-{
-    nvme *c = w->c;
-    uint32_t sqid = dword(cmd, 10) & 0xffff, cid = dword(cmd, 10) >> 16;
-    lock(c);
-    command *victim = take_back(&c->jobs, sqid, cid);
-    if (!victim && has_room(&c->cqs[0]))
-        victim = resume(c, take_back(&c->event_requests, sqid, cid));
-    unlock(c);
-    *result = !victim;
-    if (victim)
-        finish(w, victim, ABORTED, 0);
-    return SUCCESS;
-}
-
-static int do_admin(worker *w, command *cmd, uint32_t *result)
-{
-    nvme *c = w->c;
-    uint8_t opcode = cmd->sqe[0];
-    int status = INVALID_OPCODE;
-    switch (opcode) {
-    case GET_LOG: return get_log(w, cmd);
-    case IDENTIFY: return identify(w, cmd);
-    case ABORT: return abort_command(w, cmd, result);
+    int status;
+    switch (cmd->sqe[0]) {
+    case GET_LOG: return get_log(l, cmd);
+    case IDENTIFY: return identify(l, cmd);
+    case ABORT: return abort_command(l, cmd, result);
     default: break;
     }
-    lock(c);
-    switch (opcode) {
-    case CREATE_CQ:
-    case CREATE_SQ: status = create_queue(w, cmd, opcode == CREATE_CQ); break;
-    case DELETE_CQ:
-    case DELETE_SQ: status = delete_queue(c, cmd, opcode == DELETE_CQ); break;
-    case SET_FEATURES:
-    case GET_FEATURES: status = do_feature(c, cmd, opcode == SET_FEATURES, result); break;
-    case EVENT_REQUEST: status = event_request(c, cmd); break;
-    default: break;
+    lock(l->c);
+    switch (cmd->sqe[0]) {
+    case DELETE_SQ: status = delete_sq(l->c, cmd); break;
+    case CREATE_SQ: status = create_sq(l, cmd); break;
+    case DELETE_CQ: status = delete_cq(l->c, cmd); break;
+    case CREATE_CQ: status = create_cq(l, cmd); break;
+    case SET_FEATURES: status = set_feature(l->c, cmd, result); break;
+    case GET_FEATURES: status = get_feature(l->c, cmd, result); break;
+    case EVENT_REQUEST: status = event_request(l->c, cmd); break;
+    default: status = INVALID_OPCODE; break;
     }
-    unlock(c);
+    unlock(l->c);
     return status;
 }
 
 /* ---- completion ------------------------------------------------------------------------------------------------------------ */
 
-/* Writes a command's completion entry (NVMe 4.6), if no reset has come. Its last word, which has the phase, comes after the rest
- * and after the data. Entries of several workers can become visible out of order; the client goes on when the one that is missing
- * is there, and its interrupt comes. */
-static void finish(worker *w, command *cmd, int status, uint32_t result)
+/* Decides what a command's completion entry is (NVMe 4.6), and where it goes. After a reset it goes nowhere. */
+static void finish(lane *l, command *cmd, int status, uint32_t result)
 {
-    nvme *c = w->c;
+    nvme *c = l->c;
     sq *q = cmd->sq;
-    cq *to = q->cq;
-    bool again = !status || status == INTERNAL_ERROR || status == ABORTED || status >= WRITE_FAULT; /* may help */
     lock(c);
-    to->reserved--;
-    if (c->running) {
-        uint64_t iova = to->base + (uint64_t)to->tail * CQE_SIZE;
-        uint32_t words[CQE_SIZE / 4];
-        uint8_t *cqe = (uint8_t *)words;
-        put(cqe, 8, result);
-        put(cqe + 8, 2, q->head);
-        put(cqe + 10, 2, q->id);
-        memcpy(cqe + 12, cmd->sqe + 2, 2); /* the command's identifier */
-        put(cqe + 14, 2, (uint32_t)(status | (again ? 0 : DO_NOT_RETRY)) << 1 | to->phase);
-        to->tail = (to->tail + 1) % to->entries;
-        to->phase ^= to->tail == 0;
+    q->cq->reserved--;
+    if (!c->running) {
+        retire(c, cmd);
         unlock(c);
-        int err = vfu_iommu_write(w->reader, iova, cqe, 12);
-        if (!err)
-            err = vfu_iommu_store(w->reader, iova + 12, 4, VFU_IOMMU_RELEASE, words[3]);
-        lock(c);
-        if (err)
-            fatal(c, "a completion queue can't be written", err);
-        else
-            w->raise[to->vector] |= to->interrupts;
+        return;
     }
+    put(cmd->cqe, 8, result);
+    put(cmd->cqe + 8, 2, q->head);
+    put(cmd->cqe + 10, 2, q->id);
+    memcpy(cmd->cqe + 12, cmd->sqe + 2, 2); /* the command's identifier */
+    put(cmd->cqe + 14, 2, (uint32_t)status << 1 | q->cq->phase);
+    cmd->cqe_iova = q->cq->base + (uint64_t)q->cq->tail * CQE_SIZE;
+    cmd->vector = q->cq->interrupts ? q->cq->vector : -1;
+    cmd->decided = true;
+    q->cq->tail = (q->cq->tail + 1) % q->cq->entries;
+    q->cq->phase ^= q->cq->tail == 0;
+    unlock(c);
+    post(l, cmd);
+}
+
+/* Writes the entry. Its last word, which has the phase, comes after the rest and after the data. Entries of several lanes can
+ * become visible out of order; the client goes on when the missing one is there and its interrupt comes. */
+static void post(lane *l, command *cmd)
+{
+    nvme *c = l->c;
+    uint32_t last;
+    memcpy(&last, cmd->cqe + 12, 4);
+    int err = vfu_iommu_write(l->reader, cmd->cqe_iova, cmd->cqe, 12);
+    if (!err)
+        err = vfu_iommu_store(l->reader, cmd->cqe_iova + 12, 4, VFU_IOMMU_RELEASE, last);
+    if (err == -EDEADLK) {
+        give_to_worker(c, cmd);
+        return;
+    }
+    int vector = cmd->vector;
+    lock(c);
+    if (err)
+        fatal(c, "a completion queue can't be written", err);
     command *deleter = retire(c, cmd);
     unlock(c);
-    if (++w->posted >= BATCH)
-        interrupt(w);
+    if (!err && vector >= 0)
+        l->raise[vector / 64] |= UINT64_C(1) << vector % 64;
+    if (++l->posted >= BATCH)
+        interrupt(l);
     if (deleter)
-        finish(w, deleter, SUCCESS, 0);
+        finish(l, deleter, SUCCESS, 0);
 }
 
 /* ---- interrupt ------------------------------------------------------------------------------------------------------------- */
 
-/* Raises what the worker's completions are worth: one interrupt per vector. */
-static void interrupt(worker *w)
+/* Raises what the lane's completions are worth: one interrupt per vector. */
+static void interrupt(lane *l)
 {
-    w->posted = 0;
-    for (unsigned v = 0; v <= w->c->queues; v++)
-        if (w->raise[v])
-            vfu_dev_raise(w->c->dev, VFU_PCI_IRQ_MSIX, v);
-    memset(w->raise, 0, sizeof(w->raise));
+    l->posted = 0;
+    for (unsigned v = 0; v <= l->c->queues; v++)
+        if (l->raise[v / 64] >> v % 64 & 1)
+            vfu_dev_raise(l->c->dev, VFU_PCI_IRQ_MSIX, v);
+    memset(l->raise, 0, sizeof(l->raise));
 }
 
 /* ---- events ---------------------------------------------------------------------------------------------------------------- */
@@ -1001,37 +1170,54 @@ static void note(nvme *c, unsigned type, uint8_t info, uint8_t log_page)
     c->events[type].log = log_page;
 }
 
-/* Locked. Takes a request that can be completed now; NULL: there is none or nothing to tell. */
+/* Locked. Takes a request that can be completed now, NULL: there is none or nothing to tell. */
 static command *take_event(nvme *c, uint32_t *result)
 {
-    for (unsigned i = 0; c->running && c->event_requests.first && i < EVENT_TYPES; i++) {
+    for (unsigned i = 0; c->running && c->event_request_count && i < EVENT_TYPES; i++) {
         if (!c->events[i].pending || c->events[i].masked || !has_room(&c->cqs[0]))
             continue;
         c->events[i].pending = false;
         c->events[i].masked = true;
+        c->busy++;
+        c->cqs[0].reserved++;
         *result = i | (uint32_t)c->events[i].info << 8 | (uint32_t)c->events[i].log << 16;
-        return resume(c, take_first(&c->event_requests));
+        return c->event_requests[--c->event_request_count];
     }
     return NULL;
+}
+
+static void deliver_events(lane *l)
+{
+    command *cmd;
+    do {
+        uint32_t result = 0;
+        lock(l->c);
+        cmd = take_event(l->c, &result);
+        unlock(l->c);
+        if (cmd)
+            finish(l, cmd, SUCCESS, result);
+    } while (cmd);
 }
 
 /* ---- enable, reset, shutdown ----------------------------------------------------------------------------------------------- */
 
 /* Locked. CC.EN was set. What the client asks for and can't get shows as a fatal status (NVMe 7.6.1). */
-static void start(nvme *c)
+static void start(lane *l)
 {
-    vfu_iommu_reader *reader = vfu_dev_reader(c->dev); /* this is the socket's thread */
-    uint32_t sq_entries = (c->reg[AQA] & 0xfff) + 1, cq_entries = (c->reg[AQA] >> 16 & 0xfff) + 1;
-    uint64_t asq = c->reg[ASQ] | (uint64_t)c->reg[ASQ + 1] << 32, acq = c->reg[ACQ] | (uint64_t)c->reg[ACQ + 1] << 32;
+    nvme *c = l->c;
+    uint32_t sq_entries = (c->aqa & 0xfff) + 1, cq_entries = (c->aqa >> 16 & 0xfff) + 1;
     c->features[WRITE_CACHE] = !c->read_only;
-    c->features[TEMPERATURE] = 0xffff;
-    c->cqs[0] = (cq){.base = acq, .entries = cq_entries, .phase = 1, .interrupts = true};
-    c->running = !(c->reg[CC] & CC_FORMAT) && sq_entries > 1 && cq_entries > 1 && !(asq % PAGE) && !(acq % PAGE) &&
-                 vfu_iommu_probe(reader, asq, (uint64_t)sq_entries * SQE_SIZE, VFU_IOMMU_READ) == 0 &&
-                 vfu_iommu_probe(reader, acq, (uint64_t)cq_entries * CQE_SIZE, VFU_IOMMU_WRITE) == 0 &&
-                 open_sq(c, 0, asq, sq_entries, &c->cqs[0]) == 0;
-    c->reg[CSTS] = c->running ? CSTS_RDY : CSTS_CFS;
-    pthread_cond_broadcast(&c->state);
+    c->features[EVENTS] = 0;
+    c->temperatures[0] = 0xffff;
+    c->temperatures[1] = 0;
+    c->cqs[0] = (cq){.base = c->acq, .entries = cq_entries, .phase = 1, .interrupts = true};
+    bool good = !(c->cc & CC_FORMAT) && sq_entries > 1 && cq_entries > 1 && !(c->asq % PAGE) && !(c->acq % PAGE) &&
+                vfu_iommu_probe(l->reader, c->asq, (uint64_t)sq_entries * SQE_SIZE, VFU_IOMMU_READ) == 0 &&
+                vfu_iommu_probe(l->reader, c->acq, (uint64_t)cq_entries * CQE_SIZE, VFU_IOMMU_WRITE) == 0 &&
+                open_sq(c, 0, c->asq, sq_entries, &c->cqs[0]) == 0;
+    c->csts = good ? CSTS_RDY : CSTS_CFS;
+    c->running = good;
+    pthread_cond_signal(&c->start);
 }
 
 /* Locked. Nothing is busy: everything that a reset ends is over. */
@@ -1045,11 +1231,10 @@ static void close_queues(nvme *c)
     memset(c->cqs, 0, sizeof(c->cqs));
     memset(c->events, 0, sizeof(c->events));
     memset(c->features, 0, sizeof(c->features));
-    c->event_requests.first = NULL;
     c->event_request_count = 0;
     c->stopping = false;
     c->resets++;
-    c->reg[CSTS] &= ~(uint32_t)(CSTS_RDY | CSTS_CFS | CSTS_SHST);
+    c->csts &= (uint32_t) ~(CSTS_RDY | CSTS_CFS | CSTS_SHST);
 }
 
 /* Locked. CC.EN was cleared, or the function is reset: no command is begun or completed any more. When the last of those that
@@ -1059,57 +1244,89 @@ static void stop(nvme *c)
     c->running = false;
     c->stopping = true;
     c->busy++;
-    for (command *cmd; (cmd = take_first(&c->jobs));)
+    for (command *cmd; (cmd = c->jobs);) {
+        c->jobs = cmd->next;
         retire(c, cmd);
+    }
+    c->jobs_end = &c->jobs;
     less_busy(c);
+}
+
+/* Stops, and waits for what threads still do in the guest's memory. They don't wait for us: in the callbacks that call this,
+ * accesses that need a message fail at once. */
+static void halt(nvme *c)
+{
+    lock(c);
+    c->cc = 0;
+    stop(c);
+    while (c->busy)
+        pthread_cond_wait(&c->rest, &c->lock);
+    c->aqa = 0;
+    c->asq = c->acq = 0;
+    unlock(c);
 }
 
 /* Locked. */
 static void write_cc(nvme *c, uint32_t value)
 {
-    uint32_t changed = c->reg[CC] ^ value;
-    if (value & changed & CC_EN && c->reg[CSTS] & CSTS_RDY) /* the reset before isn't through */
+    uint32_t changed = c->cc ^ value;
+    if (value & changed & CC_EN && c->csts & CSTS_RDY) /* the reset before isn't through */
         value &= ~(uint32_t)CC_EN;
-    c->reg[CC] = value;
-    if (changed & value & CC_EN)
-        start(c);
-    else if (changed & CC_EN)
-        stop(c);
-    if (value & CC_SHN && changed & CC_SHN && !(c->reg[CSTS] & CSTS_SHST)) {
-        c->reg[CSTS] |= CSTS_SHUTTING;
+    c->cc = value;
+    if (changed & CC_EN) {
+        if (value & CC_EN)
+            start(&c->lanes[0]);
+        else
+            stop(c);
+    }
+    if (value & CC_SHN && changed & CC_SHN && !(c->csts & CSTS_SHST)) {
+        c->csts |= CSTS_SHUTTING;
         c->flushing = true;
         pthread_cond_signal(&c->work);
     }
 }
 
-/* Locked, by a worker. A shutdown is complete when everything that was written is on the disk. */
-static void end_shutdown(nvme *c)
-{
-    c->flushing = false;
-    unlock(c);
-    if (flush(c) < 0)
-        fprintf(stderr, "nvme: the image can't be flushed\n");
-    lock(c);
-    if (c->reg[CSTS] & CSTS_SHUTTING && !c->flushing)
-        c->reg[CSTS] = (c->reg[CSTS] & ~(uint32_t)CSTS_SHST) | CSTS_SHUT;
-}
-
 /* ---- registers ------------------------------------------------------------------------------------------------------------- */
 
-/* Locked. A word. INTMS and INTMC have no meaning with MSI-X. */
-static void write_register(nvme *c, uint64_t number, uint32_t value)
+/* Locked. One of 4 bytes. */
+static uint32_t read_register(const nvme *c, uint64_t offset)
 {
-    uint64_t index = number - DOORBELLS / 4;
-    if (number >= DOORBELLS / 4) {
+    switch (offset) {
+    case CAP: return (uint32_t)CAP_VALUE;
+    case CAP + 4: return (uint32_t)(CAP_VALUE >> 32);
+    case VS: return 0x10400;
+    case CC: return c->cc;
+    case CSTS: return c->csts;
+    case AQA: return c->aqa;
+    case ASQ: return (uint32_t)c->asq;
+    case ASQ + 4: return (uint32_t)(c->asq >> 32);
+    case ACQ: return (uint32_t)c->acq;
+    case ACQ + 4: return (uint32_t)(c->acq >> 32);
+    default: return 0;
+    }
+}
+
+/* Locked. INTMS and INTMC have no meaning with MSI-X. */
+static void write_register(nvme *c, uint64_t offset, uint32_t value)
+{
+    if (offset >= DOORBELLS) {
+        uint64_t index = (offset - DOORBELLS) / 4;
         if (index < DOORBELL_COUNT && c->page) {
             atomic_store(&c->rung[index], value);
             atomic_store(&c->page[index], value);
         }
         doorbell(c, (uint32_t)index, value);
-    } else if (number == CC) {
+    } else if (offset == CC) {
         write_cc(c, value);
-    } else if (number >= AQA && number < REGISTERS && !(c->reg[CC] & CC_EN)) {
-        c->reg[number] = value;
+    } else if (!(c->cc & CC_EN)) {
+        switch (offset) {
+        case AQA: c->aqa = value; break;
+        case ASQ: c->asq = (c->asq & ~UINT64_C(0xffffffff)) | value; break;
+        case ASQ + 4: c->asq = (c->asq & 0xffffffff) | (uint64_t)value << 32; break;
+        case ACQ: c->acq = (c->acq & ~UINT64_C(0xffffffff)) | value; break;
+        case ACQ + 4: c->acq = (c->acq & 0xffffffff) | (uint64_t)value << 32; break;
+        default: break;
+        }
     }
 }
 
@@ -1123,46 +1340,62 @@ static int region_read(void *ctx, uint32_t region, uint64_t offset, void *buf, s
     nvme *c = ctx;
     memset(buf, 0, len);
     lock(c);
-    for (size_t at = 0; is_register_access(region, offset, len) && at < len && (offset + at) / 4 < REGISTERS; at += 4)
-        put((uint8_t *)buf + at, 4, c->reg[(offset + at) / 4]);
+    for (size_t at = 0; is_register_access(region, offset, len) && at < len; at += 4)
+        put((uint8_t *)buf + at, 4, read_register(c, offset + at));
     unlock(c);
     return 0;
 }
 
+/* The answer comes first, then the work: the client waits for the one, and not for the other. */
 static int region_write(void *ctx, uint32_t region, uint64_t offset, const void *buf, size_t len)
 {
     nvme *c = ctx;
     lock(c);
     for (size_t at = 0; is_register_access(region, offset, len) && at < len; at += 4)
-        write_register(c, (offset + at) / 4, (uint32_t)get((const uint8_t *)buf + at, 4));
-    pthread_cond_signal(&c->work);
+        write_register(c, offset + at, (uint32_t)get((const uint8_t *)buf + at, 4));
     unlock(c);
+    vfu_dev_want_work(c->dev);
     return 0;
 }
 
 /* ---- PCI ------------------------------------------------------------------------------------------------------------------- */
 
+/* Locked. Is there a queue that only workers can serve? */
+static bool workers_wanted(nvme *c)
+{
+    for (unsigned i = 0; i <= c->queues; i++)
+        if (c->sqs[i].by_message && is_ready(&c->lanes[1], &c->sqs[i]))
+            return c->running && c->master;
+    return false;
+}
+
+static bool work(void *ctx)
+{
+    nvme *c = ctx;
+    bool more = serve(&c->lanes[0]);
+    lock(c);
+    if (workers_wanted(c))
+        pthread_cond_signal(&c->work);
+    unlock(c);
+    return more;
+}
+
 static void config_written(void *ctx, unsigned changed)
 {
     nvme *c = ctx;
+    if (!(changed & VFU_PCI_CHANGED_COMMAND))
+        return;
     lock(c);
-    if (changed & VFU_PCI_CHANGED_COMMAND)
-        c->master = vfu_pci_command(vfu_dev_pci(c->dev)) & VFU_PCI_COMMAND_MASTER;
-    pthread_cond_signal(&c->work);
+    c->master = vfu_pci_command(vfu_dev_pci(c->dev)) & VFU_PCI_COMMAND_MASTER;
     unlock(c);
+    vfu_dev_want_work(c->dev);
 }
 
-/* Stops, and waits for what threads still do in the guest's memory. They don't wait for us: in the callbacks that call this,
- * accesses that need a message fail at once. */
-static void halt(void *ctx)
+static void disconnected(void *ctx)
 {
     nvme *c = ctx;
+    halt(c);
     lock(c);
-    c->reg[CC] = 0;
-    stop(c);
-    while (c->busy)
-        pthread_cond_wait(&c->state, &c->lock);
-    memset(&c->reg[AQA], 0, (REGISTERS - AQA) * sizeof(c->reg[0]));
     c->master = false;
     unlock(c);
 }
@@ -1170,26 +1403,60 @@ static void halt(void *ctx)
 static void reset(void *ctx, vfu_reset_kind kind)
 {
     (void)kind;
-    halt(ctx);
+    disconnected(ctx);
 }
 
 /* ---- threads --------------------------------------------------------------------------------------------------------------- */
 
-static void *run_worker(void *arg)
+/* Locked. A shutdown is complete when everything that was written is on the disk. */
+static void end_shutdown(nvme *c)
 {
-    worker *w = arg;
-    nvme *c = w->c;
+    c->flushing = false;
+    unlock(c);
+    if (flush(c) < 0)
+        fprintf(stderr, "nvme: the image can't be flushed\n");
+    lock(c);
+    if (c->csts & CSTS_SHUTTING && !c->flushing)
+        c->csts = (c->csts & (uint32_t)~CSTS_SHST) | CSTS_SHUT;
+}
+
+static void *worker(void *arg)
+{
+    lane *l = arg;
+    nvme *c = l->c;
     lock(c);
     while (!c->ending) {
-        if (work(w))
-            continue;
-        if (c->flushing)
+        command *cmd = c->jobs;
+        if (cmd) {
+            c->jobs = cmd->next;
+            if (!c->jobs)
+                c->jobs_end = &c->jobs;
+            unlock(c);
+            if (cmd->decided)
+                post(l, cmd);
+            else
+                execute(l, cmd);
+            serve(l);
+            lock(c);
+        } else if (c->flushing) {
             end_shutdown(c);
-        else
+        } else if (workers_wanted(c)) {
+            unlock(c);
+            serve(l);
+            lock(c);
+        } else {
             pthread_cond_wait(&c->work, &c->lock);
+        }
     }
     unlock(c);
     return NULL;
+}
+
+static uint64_t now_us(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000 + (uint64_t)now.tv_nsec / 1000;
 }
 
 /* Looks at the shared page. */
@@ -1200,11 +1467,10 @@ static bool find_doorbells(nvme *c)
         if (atomic_load_explicit(&c->page[i], memory_order_relaxed) == atomic_load_explicit(&c->rung[i], memory_order_relaxed))
             continue;
         lock(c);
-        uint32_t value = atomic_load(&c->page[i]);
+        uint32_t value = atomic_load_explicit(&c->page[i], memory_order_acquire);
         if (value != atomic_load(&c->rung[i])) {
             atomic_store(&c->rung[i], value);
             doorbell(c, i, value);
-            pthread_cond_signal(&c->work);
             found = true;
         }
         unlock(c);
@@ -1212,21 +1478,26 @@ static bool find_doorbells(nvme *c)
     return found;
 }
 
-/* Nothing wakes a thread when a page is written. So this one looks all the time for a fraction of a millisecond, then 2000 times
- * every 50 us, then every ms, which takes a percent of a processor. While the controller is off it sleeps. */
-static void *run_poller(void *arg)
+/* Nothing wakes a thread when a page is written. So this one looks all the time for SPIN_US, then every 50 us, and after 100 ms
+ * every ms, which takes a percent of a processor. While the controller is off it sleeps. */
+static void *poller(void *arg)
 {
-    enum { LOOKS = 2000, NAPS = 2000 };
-    nvme *c = arg;
-    unsigned idle = 0;
+    enum { SPIN_US = 200, IDLE_US = 100000 };
+    lane *l = arg;
+    nvme *c = l->c;
+    uint64_t last = 0;
+    bool more = false;
     for (bool ending = false; !ending;) {
-        idle = find_doorbells(c) ? 0 : idle < LOOKS + NAPS ? idle + 1 : idle;
-        if (idle > LOOKS) {
-            struct timespec nap = {.tv_nsec = idle < LOOKS + NAPS ? 50000 : 1000000};
+        uint64_t now = now_us();
+        if (find_doorbells(c) || more) {
+            last = now;
+            more = serve(l);
+        } else if (now - last > SPIN_US) {
+            struct timespec nap = {.tv_nsec = now - last > IDLE_US ? 1000000 : 50000};
             nanosleep(&nap, NULL);
             lock(c);
             while (!c->ending && !c->running)
-                pthread_cond_wait(&c->state, &c->lock);
+                pthread_cond_wait(&c->start, &c->lock);
             ending = c->ending;
             unlock(c);
         }
@@ -1234,83 +1505,104 @@ static void *run_poller(void *arg)
     return NULL;
 }
 
-static int start_threads(nvme *c)
+static int open_lane(nvme *c, lane *l, bool is_worker, void *(*run)(void *))
 {
-    int err = 0;
-    pthread_mutex_init(&c->lock, NULL);
-    pthread_cond_init(&c->work, NULL);
-    pthread_cond_init(&c->state, NULL);
-    for (unsigned i = 0; i < WORKERS && !err; i++) {
-        worker *w = &c->workers[i];
-        w->c = c;
-        w->buffer = malloc(TRANSFER_MAX);
-        err = w->buffer ? vfu_iommu_reader_open(vfu_dev_iommu(c->dev), &w->reader) : -ENOMEM;
-        if (!err)
-            err = -pthread_create(&w->thread, NULL, run_worker, w);
-        c->threads += !err;
+    l->c = c;
+    l->is_worker = is_worker;
+    l->buffer = malloc(TRANSFER_MAX);
+    int err = l->buffer ? 0 : -ENOMEM;
+    if (!run) {
+        l->reader = vfu_dev_reader(c->dev);
+        return err;
     }
-    if (!err && c->page)
-        err = -pthread_create(&c->poller, NULL, run_poller, c);
-    c->polls = !err && c->page;
+    if (!err)
+        err = vfu_iommu_reader_open(vfu_dev_iommu(c->dev), &l->reader);
+    if (!err)
+        err = -pthread_create(&l->thread, NULL, run, l);
+    c->threads += !err;
     return err;
 }
 
-static void end_threads(nvme *c)
+static int open_lanes(nvme *c)
+{
+    pthread_mutex_init(&c->lock, NULL);
+    pthread_cond_init(&c->work, NULL);
+    pthread_cond_init(&c->start, NULL);
+    pthread_cond_init(&c->rest, NULL);
+    c->jobs_end = &c->jobs;
+    sigset_t ours, before; /* signals are the main thread's: they cut no system call of the others short */
+    sigemptyset(&ours);
+    sigaddset(&ours, SIGTERM);
+    sigaddset(&ours, SIGINT);
+    sigaddset(&ours, SIGHUP);
+    pthread_sigmask(SIG_BLOCK, &ours, &before);
+    int err = open_lane(c, &c->lanes[0], false, NULL);
+    for (unsigned i = 1; i <= WORKERS && !err; i++)
+        err = open_lane(c, &c->lanes[i], true, worker);
+    if (!err && c->page)
+        err = open_lane(c, &c->lanes[1 + WORKERS], false, poller);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return err;
+}
+
+/* Ends the threads. */
+static void close_lanes(nvme *c)
 {
     vfu_dev_disconnect(c->dev); /* and so everything that they still do */
     lock(c);
     c->ending = true;
     pthread_cond_broadcast(&c->work);
-    pthread_cond_broadcast(&c->state);
+    pthread_cond_signal(&c->start);
     unlock(c);
-    if (c->polls)
-        pthread_join(c->poller, NULL);
-    for (unsigned i = 0; i < WORKERS; i++) {
-        if (i < c->threads)
-            pthread_join(c->workers[i].thread, NULL);
-        vfu_iommu_reader_close(c->workers[i].reader);
-        free(c->workers[i].buffer);
+    for (unsigned i = 1; i <= c->threads; i++)
+        pthread_join(c->lanes[i].thread, NULL);
+    for (unsigned i = 0; i < 2 + WORKERS; i++) {
+        if (i)
+            vfu_iommu_reader_close(c->lanes[i].reader);
+        free(c->lanes[i].buffer);
     }
 }
 
 /* ---- the image ------------------------------------------------------------------------------------------------------------- */
 
-static int refuse(const char *image, const char *why, int err)
-{
-    fprintf(stderr, "nvme: %s %s: %s\n", image, why, strerror(err));
-    return -err;
-}
-
 /* Opens the image and locks it against other writers, and finds out how many blocks it has. size 0: as it is. */
-static int open_image(nvme *c, const char *path, uint64_t size)
+static int open_image(nvme *c, const char *path, uint64_t size, const char **why)
 {
     struct flock whole = {.l_type = c->read_only ? F_RDLCK : F_WRLCK, .l_whence = SEEK_SET};
     struct stat st;
-    if (size & ((1U << c->block_shift) - 1))
-        return refuse(path, "would get a size that is no multiple of the block size", EINVAL);
+    *why = "would get a size that is no multiple of the block size";
+    if (size % (UINT64_C(1) << c->block_shift))
+        return -EINVAL;
+    *why = "can't be opened";
     c->image = open(path, (c->read_only ? O_RDONLY : O_RDWR) | (size ? O_CREAT : 0) | O_CLOEXEC, 0644);
     if (c->image < 0 || fstat(c->image, &st) < 0)
-        return refuse(path, "can't be opened", errno);
+        return -errno;
+    *why = "is no file and no block device";
     if (!S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode))
-        return refuse(path, "is no file and no block device", EINVAL);
+        return -EINVAL;
+    *why = "can't be locked, another program uses it";
     if (fcntl(c->image, F_OFD_SETLK, &whole) < 0)
-        return refuse(path, "can't be locked, another program uses it", errno);
-    uint64_t end = (uint64_t)lseek(c->image, 0, SEEK_END); /* of a block device st_size is 0 */
-    if (size && end > size)
-        return refuse(path, "is larger than --size, and nothing of it is cut off", EFBIG);
-    if (size > end && ftruncate(c->image, (off_t)size) < 0)
-        return refuse(path, "can't be made that large", errno);
-    size = size ? size : end;
-    if (!size)
-        return refuse(path, "is empty; --size=N makes it larger", EINVAL);
-    if (size & ((1U << c->block_shift) - 1))
-        return refuse(path, "has a size that is no multiple of the block size", EINVAL);
-    c->blocks = size >> c->block_shift;
+        return -errno;
+    off_t end = lseek(c->image, 0, SEEK_END);
+    *why = "is larger than --size, and nothing of it is cut off";
+    if (end < 0 || (size && (uint64_t)end > size))
+        return end < 0 ? -errno : -EFBIG;
+    *why = "can't be made that large";
+    if (size > (uint64_t)end && ftruncate(c->image, (off_t)size) < 0)
+        return -errno;
+    uint64_t bytes = size ? size : (uint64_t)end;
+    *why = "is empty; --size=N makes it larger";
+    if (!bytes)
+        return -EINVAL;
+    *why = "has a size that is no multiple of the block size";
+    if (bytes % (UINT64_C(1) << c->block_shift))
+        return -EINVAL;
+    c->blocks = bytes >> c->block_shift;
     c->id = ((uint64_t)st.st_ino * UINT64_C(0x9e3779b97f4a7c15)) ^ (uint64_t)st.st_dev;
     return 0;
 }
 
-/* The image may have become larger. */
+/* SIGHUP: the image may have become larger. */
 static void measure_image(nvme *c)
 {
     off_t end = lseek(c->image, 0, SEEK_END);
@@ -1322,21 +1614,47 @@ static void measure_image(nvme *c)
         if (c->features[EVENTS] & NAMESPACE_NOTICES)
             note(c, EVENT_NOTICE, NAMESPACE_CHANGED, LOG_CHANGED_NAMESPACES);
     }
-    pthread_cond_signal(&c->work);
     unlock(c);
+    vfu_dev_want_work(c->dev);
 }
 
 /* ---- the program ----------------------------------------------------------------------------------------------------------- */
 
 static vfu_dev *the_device;
-static atomic_bool asked_to_end;
+static volatile sig_atomic_t asked_to_measure, asked_to_end;
 
-/* In any thread. SIGHUP asks for a look at the image. */
 static void on_signal(int number)
 {
-    if (number != SIGHUP)
-        atomic_store(&asked_to_end, true);
+    if (number == SIGHUP)
+        asked_to_measure = 1;
+    else
+        asked_to_end = 1;
     vfu_dev_stop(the_device);
+}
+
+static void catch_signals(void)
+{
+    struct sigaction action;
+    memset(&action, 0, sizeof(action));
+    action.sa_handler = on_signal;
+    sigaction(SIGTERM, &action, NULL);
+    sigaction(SIGINT, &action, NULL);
+    sigaction(SIGHUP, &action, NULL);
+    signal(SIGPIPE, SIG_IGN);
+}
+
+/* Until a signal comes, or the only client has gone. */
+static int serve_clients(nvme *c)
+{
+    int err = 0;
+    while (!err && !asked_to_end) {
+        if (asked_to_measure) {
+            asked_to_measure = 0;
+            measure_image(c);
+        }
+        err = vfu_dev_run(c->dev);
+    }
+    return err == -ENOTCONN ? 0 : err;
 }
 
 /* The doorbells as a page that the client can map. */
@@ -1352,8 +1670,8 @@ static int make_page(nvme *c)
     return fd;
 }
 
-/* A number of a range, with K, M, G or T behind it. False: it is none. */
-static bool parse(const char *text, uint64_t min, uint64_t max, uint64_t *out)
+/* A number with K, M, G or T behind it; 0: it is none. */
+static uint64_t parse_size(const char *text)
 {
     static const char units[] = "KMGT";
     char *end;
@@ -1361,8 +1679,18 @@ static bool parse(const char *text, uint64_t min, uint64_t max, uint64_t *out)
     unsigned long long value = strtoull(text, &end, 0);
     const char *unit = *end ? strchr(units, toupper((unsigned char)*end)) : NULL;
     unsigned shift = unit ? 10 * (unsigned)(unit - units + 1) : 0;
-    *out = (uint64_t)value << shift;
-    return !errno && isdigit((unsigned char)*text) && !(unit ? end[1] : *end) && value <= max >> shift && *out >= min;
+    if (errno || !isdigit((unsigned char)*text) || (unit ? end[1] : *end) || value > (uint64_t)INT64_MAX >> shift)
+        return 0;
+    return (uint64_t)value << shift;
+}
+
+/* A descriptor number, or -1. */
+static int parse_fd(const char *text)
+{
+    char *end;
+    errno = 0;
+    long fd = strtol(text, &end, 10);
+    return errno || end == text || *end || fd < 0 || fd > INT_MAX ? -1 : (int)fd;
 }
 
 static int usage(const char *name, FILE *out)
@@ -1390,9 +1718,10 @@ static int create_device(nvme *c, int page_fd, bool verbose)
 {
     vfu_wire_sparse_area area = {.offset = DOORBELLS, .size = PAGE};
     vfu_region_share share = {.fd = page_fd, .areas = &area, .area_count = 1};
-    uint16_t vectors = (uint16_t)(c->queues + 1);
     vfu_dev_desc desc = {
-        .pci = {.vendor = 0x1234,
+        .pci =
+            {
+                .vendor = 0x1234,
                 .device = 0x4e56,
                 .subsystem_vendor = 0x1234,
                 .subsystem = 0x0001,
@@ -1402,45 +1731,23 @@ static int create_device(nvme *c, int page_fd, bool verbose)
                 .pm = true,
                 .express = true,
                 .flr = true,
-                .msix = {.vectors = vectors, .table_bar = BAR_MSIX, .pba_bar = BAR_MSIX, .pba_offset = PAGE}},
+                .msix = {.vectors = (uint16_t)(c->queues + 1), .table_bar = BAR_MSIX, .pba_bar = BAR_MSIX, .pba_offset = PAGE},
+            },
         .share = {[BAR_REGISTERS] = page_fd < 0 ? NULL : &share},
         .ctx = c,
-        .callbacks = {.region_read = region_read,
-                      .region_write = region_write,
-                      .config_written = config_written,
-                      .reset = reset,
-                      .disconnected = halt},
+        .callbacks =
+            {
+                .region_read = region_read,
+                .region_write = region_write,
+                .config_written = config_written,
+                .reset = reset,
+                .disconnected = disconnected,
+                .work = work,
+            },
         .dma_timeout_ms = 10000, /* no command waits longer for an answer */
         .logger = {.level = verbose ? VFU_LEVEL_TRACE : VFU_LEVEL_WARNING},
     };
     return vfu_dev_create(&c->dev, &desc);
-}
-
-/* Until a signal ends it: serves the image on a socket that listens at the path, or on a descriptor. */
-static int serve_image(nvme *c, const char *path, int fd, bool mapped, bool verbose, bool sandbox)
-{
-    struct sigaction action = {.sa_handler = on_signal, .sa_flags = SA_RESTART};
-    int page_fd = mapped ? make_page(c) : -1, err = mapped && page_fd < 0 ? page_fd : create_device(c, page_fd, verbose);
-    if (err)
-        return err;
-    the_device = c->dev;
-    err = start_threads(c);
-    if (!err) { /* before anybody can see the socket file */
-        sigaction(SIGTERM, &action, NULL);
-        sigaction(SIGINT, &action, NULL);
-        sigaction(SIGHUP, &action, NULL);
-        signal(SIGPIPE, SIG_IGN);
-        err = path ? vfu_dev_listen(c->dev, path) : vfu_dev_attach(c->dev, fd);
-    }
-    if (!err && sandbox)
-        err = sandbox_enter();
-    while (!err && !atomic_load(&asked_to_end)) {
-        measure_image(c);
-        err = vfu_dev_run(c->dev);
-    }
-    end_threads(c);
-    vfu_dev_destroy(c->dev);
-    return err == -ENOTCONN ? 0 : err; /* the only client has gone */
 }
 
 int main(int argc, char **argv)
@@ -1460,36 +1767,63 @@ int main(int argc, char **argv)
         {0},
     };
     static nvme c;
-    const char *path = NULL, *image = NULL;
-    uint64_t size = 0, fd = UINT64_MAX, queues = 8;
-    bool verbose = false, sandbox = false, mapped = false, large = false, good = true;
+    const char *path = NULL, *image = NULL, *why = NULL;
+    uint64_t size = 0;
+    int fd = -1, page_fd = -1, option;
+    bool verbose = false, sandbox = false, mapped = false, good = true;
     memset(&c, 0, sizeof(c)); /* a fuzzer calls main again and again */
-    for (int option; good && (option = getopt_long(argc, argv, "", options, NULL)) != -1;) {
+    c.queues = 8;
+    c.block_shift = 9;
+    while (good && (option = getopt_long(argc, argv, "", options, NULL)) != -1) {
         switch (option) {
         case 's': path = optarg; break;
-        case 'f': good = parse(optarg, 0, INT_MAX, &fd); break;
+        case 'f': good = (fd = parse_fd(optarg)) >= 0; break;
         case 'i': image = optarg; break;
-        case 'n': good = parse(optarg, 1, INT64_MAX, &size); break;
-        case 'b': good = (large = !strcmp(optarg, "4096")) || !strcmp(optarg, "512"); break;
+        case 'n': good = (size = parse_size(optarg)) > 0; break;
+        case 'b':
+            c.block_shift = strcmp(optarg, "4096") ? 9 : 12;
+            good = c.block_shift == 12 || !strcmp(optarg, "512");
+            break;
         case 'r': c.read_only = true; break;
-        case 'q': good = parse(optarg, 1, QUEUES_MAX, &queues); break;
-        case 'd': good = (mapped = !strcmp(optarg, "mapped")) || !strcmp(optarg, "trapped"); break;
+        case 'q':
+            c.queues = (unsigned)parse_size(optarg);
+            good = parse_size(optarg) >= 1 && parse_size(optarg) <= QUEUES_MAX;
+            break;
+        case 'd':
+            mapped = !strcmp(optarg, "mapped");
+            good = mapped || !strcmp(optarg, "trapped");
+            break;
         case 'v': verbose = true; break;
         case 'x': sandbox = true; break;
         case 'h': return usage(argv[0], stdout);
         default: good = false; break;
         }
     }
-    if (!good || optind != argc || !path == (fd > INT_MAX) || !image || (c.read_only && size))
+    if (!good || optind != argc || !path == (fd < 0) || !image || (c.read_only && size))
         return usage(argv[0], stderr);
-    c.queues = (unsigned)queues;
-    c.block_shift = large ? 12 : 9;
-    c.reg[CAP] = CAP_LOW;
-    c.reg[CAP + 1] = CAP_HIGH;
-    c.reg[VS] = VERSION;
-    if (open_image(&c, image, size))
+
+    int err = open_image(&c, image, size, &why);
+    if (err) {
+        fprintf(stderr, "%s: %s %s: %s\n", argv[0], image, why, strerror(-err));
         return 1;
-    int err = serve_image(&c, path, (int)fd, mapped, verbose, sandbox);
+    }
+    if (mapped)
+        page_fd = make_page(&c);
+    err = mapped && page_fd < 0 ? page_fd : create_device(&c, page_fd, verbose);
+    if (!err) {
+        the_device = c.dev;
+        err = open_lanes(&c);
+        if (!err)
+            catch_signals(); /* before anybody can see the socket file */
+        if (!err)
+            err = path ? vfu_dev_listen(c.dev, path) : vfu_dev_attach(c.dev, fd);
+        if (!err && sandbox)
+            err = sandbox_enter();
+        if (!err)
+            err = serve_clients(&c);
+        close_lanes(&c);
+        vfu_dev_destroy(c.dev);
+    }
     if (err)
         fprintf(stderr, "%s: %s: %s\n", argv[0], path ? path : "--fd", strerror(-err));
     close(c.image);
