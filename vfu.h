@@ -5234,9 +5234,16 @@ static int vfux_window_map(vfux_window *window, int fd, uint64_t offset, uint64_
     return 0;
 }
 
-static int vfux_window_make(vfu_dev *dev, vfux_window **out, int fd, int access, const struct stat *st, uint64_t offset,
-                            uint64_t size, bool write)
+static int vfux_window_make(vfu_dev *dev, vfux_window **out, int fd, const struct stat *st, uint64_t offset, uint64_t size,
+                            bool write)
 {
+    int flags = fcntl(fd, F_GETFL), access = flags & O_ACCMODE;
+    if (flags < 0)
+        return -errno;
+    if (access == O_WRONLY || (write && access != O_RDWR)) {
+        dev->why = "the descriptor doesn't allow that access";
+        return -EACCES;
+    }
     vfux_window *window = dev->window_count < VFUX_WINDOWS_MAX ? vfux_allocate_zero(&dev->desc.alloc, sizeof(*window)) : NULL;
     if (!window)
         return -ENOMEM;
@@ -5268,7 +5275,8 @@ static int vfux_window_make(vfu_dev *dev, vfux_window **out, int fd, int access,
     return 0;
 }
 
-/* Gives the window that has [offset, offset + size) of the file, with a reference. */
+/* Gives the window that has [offset, offset + size) of the file, with a reference. One that is there was made with a descriptor
+ * of the same client that allows the access, so this one isn't asked what it allows: each map would pay for that system call. */
 static int vfux_window_get(vfu_dev *dev, vfux_window **out, int fd, uint64_t offset, uint64_t size, bool write)
 {
     struct stat st;
@@ -5277,13 +5285,6 @@ static int vfux_window_get(vfu_dev *dev, vfux_window **out, int fd, uint64_t off
     if (!S_ISREG(st.st_mode)) {
         dev->why = "the descriptor is no file";
         return -ENODEV;
-    }
-    int flags = fcntl(fd, F_GETFL), access = flags & O_ACCMODE; /* of this very descriptor, whatever others of the file allowed */
-    if (flags < 0)
-        return -errno;
-    if (access == O_WRONLY || (write && access != O_RDWR)) {
-        dev->why = "the descriptor doesn't allow that access";
-        return -EACCES;
     }
     if (size > (uint64_t)st.st_size || offset > (uint64_t)st.st_size - size) {
         dev->why = "the file is shorter than the mapping";
@@ -5294,7 +5295,7 @@ static int vfux_window_get(vfu_dev *dev, vfux_window **out, int fd, uint64_t off
            !(window->dev == st.st_dev && window->ino == st.st_ino && (window->writable || !write) && offset >= window->offset &&
              offset - window->offset <= window->len && size <= window->len - (offset - window->offset)))
         window = window->next;
-    int err = window ? 0 : vfux_window_make(dev, &window, fd, access, &st, offset, size, write);
+    int err = window ? 0 : vfux_window_make(dev, &window, fd, &st, offset, size, write);
     if (!err) {
         window->refs++;
         *out = window;

@@ -1222,7 +1222,7 @@ static void print_targets(void)
     } wanted[] = {
         {READ_BLOCKING, 1.15, 2}, {WRITE_BLOCKING, 1.15, 2}, {READ_APART, 1.15, 2}, {WRITE_APART, 1.15, 2},
         {READ_BUSY, 1.15, 0},     {WRITE_BUSY, 1.15, 0},     {PIPELINED, 0, 0.3},   {MULTI, 0, 0.3},
-        {MAP, 1.25, 5},           {UNMAP, 1.25, 2},          {DMA_READ_64, 1.2, 0}, {DMA_WRITE_64, 1.2, 0},
+        {MAP, 1.25, 4},           {UNMAP, 1.25, 2},          {DMA_READ_64, 1.2, 0}, {DMA_WRITE_64, 1.2, 0},
         {DMA_READ_MIB, 1.3, 0},   {DMA_WRITE_MIB, 1.3, 0},   {RAISE, 0, 1},         {RAISE_MASKS, 0, 1},
     };
     char text[80];
