@@ -7,7 +7,8 @@
 #   BUILD                        where everything built goes
 #   ROUNDS                       how often `bench` measures everything
 #   MINUTES                      how long `fuzz` takes
-#   MACHINES                     what `check-portable` runs; nothing: all
+#   MACHINES                     what `check-portable` runs; nothing: lto musl valgrind i386 s390x arm64 armhf
+#   VFU_PORTABLE_TESTS           only these tests there
 #   PREFIX DESTDIR               where `install` puts the headers
 #   BENCH_NVME                   arguments of tests/qemu/bench_nvme.sh
 
@@ -123,7 +124,7 @@ check-hostile: $(NORMAL_PROGRAMS) $(ASAN_PROGRAMS) ## hostile peers in full: flo
 	@VFU_SIEGE=1 sh tests/run.sh $(BUILD)/asan test_hostile test_mistakes test_siege
 
 # Status 77 says that the compilers can't be had here.
-check-portable: | $(AFTER_DEPS) ## run the tests as programs of MACHINES: i386, s390x, arm64 and armhf
+check-portable: | $(AFTER_DEPS) ## run the tests on other machines, with -O3 -flto, with musl and under valgrind
 	@tests/portable.sh '$(BUILD)' $(MACHINES) || test $$? -eq 77
 
 # Without optimisation, so that branches are those of the source; assertions, which no peer can reach, are compiled away.

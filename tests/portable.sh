@@ -17,7 +17,6 @@ shift
 mkdir -p "$build"
 build=$(cd "$build" && pwd)
 store=${VFU_PORTABLE_DIR:-$build}
-root=$store/root
 export LC_ALL=C
 
 skip() {
@@ -84,6 +83,7 @@ fetch_check() {
 
 # set_machine MACHINE: how to compile for it and how to run that.
 set_machine() {
+    triple=
     lib=
     static=-static
     examples_cc=
@@ -134,7 +134,35 @@ wrap() {
     chmod +x "$1"
 }
 
-# Emulated programs are slow, and a kernel that is emulated has no filters.
+# What is left out for a machine, a line each: TEST: why, or CASE of TEST: why, which the test itself does by $VFU_EMULATED.
+left_out() {
+    case $1 in
+    s390x | arm64 | armhf)
+        echo "test_nvme: QEMU has no preadv2() and pwritev2() for the disk's image"
+        echo "test_double_fetch: likewise"
+        echo "greedy_client of test_faults: likewise"
+        echo "test_sandbox: the filter would have to allow what QEMU itself needs"
+        ;;
+    valgrind)
+        echo "test_sandbox: the filter would have to allow what valgrind itself needs"
+        echo "test_siege: valgrind's own memory and descriptors are counted with the engine's"
+        for test in engine migration nvme serial tools; do
+            echo "test_$test: it gives the example less time than valgrind takes for all of it"
+        done
+        echo "a row of test_client_hostile (more descriptors than the process may open): valgrind doesn't pass the limit on"
+        echo "no_system_call of test_iommu_iterate: valgrind makes some of its own"
+        ;;
+    esac
+    case $1 in
+    s390x)
+        echo "test_engine: its driver is written for little-endian machines"
+        echo "test_tools: likewise"
+        echo "test_transcripts: it plays what little-endian machines have sent"
+        ;;
+    esac
+}
+
+# Emulated programs are slow.
 export CK_TIMEOUT_MULTIPLIER=${CK_TIMEOUT_MULTIPLIER:-10}
 programs='test_double_fetch|test_engine|test_lspci|test_migration|test_nvme.*|test_sandbox|test_serial|test_siege|test_tools'
 passed=0
@@ -142,9 +170,11 @@ failed=0
 for machine in "$@"; do
     set_machine "$machine"
     to=$build/$machine
-    mkdir -p "$to/bin" "$to/tests" "$to/examples"
+    mkdir -p "$to/bin/examples" "$to/tests" "$to/examples"
     all=$(cd tests && printf '%s\n' test_*.c | sed 's/\.c$//')
-    [ -z "$run" ] || all=$(printf '%s\n' "$all" | grep -vxE "$programs")
+    for test in $(left_out "$machine" | sed -n 's/^\(test_[a-z_]*\):.*/\1/p'); do
+        all=$(printf '%s\n' "$all" | grep -vx "$test")
+    done
     [ "$machine" != musl ] || all=$(printf '%s\n' "$all" | grep -xE "$programs")
     tests=${VFU_PORTABLE_TESTS:-$all}
     check=$store/check-$machine/usr
@@ -153,8 +183,9 @@ for machine in "$@"; do
     tests_cc=$cc
     cc=${examples_cc:-$cc}
     for source in examples/*.c; do
-        [ -z "$run" ] || break
-        compile "$source" -o "$to/examples/$(basename "$source" .c)" || exit 1
+        example=$(basename "$source" .c)
+        compile "$source" -o "$to/bin/examples/$example" || exit 1
+        wrap "$to/examples/$example" "$to/bin/examples/$example"
     done
     cc=$tests_cc
     compile -c tests/impl.c -o "$to/bin/impl.o" || exit 1
@@ -162,12 +193,13 @@ for machine in "$@"; do
         impl=$to/bin/impl.o
         ! grep -qE '^ *# *define +VFU_(IOMMU_)?IMPLEMENTATION' "tests/$test.c" || impl=
         # shellcheck disable=SC2086
-        compile ${emulated:+-I$check/include} "tests/$test.c" $impl -o "$to/bin/$test" $libs || exit 1
+        compile ${triple:+-I$check/include} "tests/$test.c" $impl -o "$to/bin/$test" $libs || exit 1
         wrap "$to/tests/$test" "$to/bin/$test"
     done
     echo "# $machine"
+    left_out "$machine" | sed 's/^/# left out: /'
     unset VFU_EMULATED
-    [ -z "$emulated" ] || export VFU_EMULATED=1
+    [ -z "$emulated" ] || export VFU_EMULATED="$emulated"
     # shellcheck disable=SC2086
     sh tests/run.sh "$to" $tests >"$to/log"
     cat "$to/log"
