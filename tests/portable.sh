@@ -108,7 +108,7 @@ set_machine() {
     i386) triple=i386-linux-gnu && cc='gcc -m32' && run= && static= ;;
     s390x) triple=s390x-linux-gnu && run=qemu-s390x-static ;;
     arm64) triple=aarch64-linux-gnu && run=qemu-aarch64-static ;;
-    armhf) triple=arm-linux-gnueabihf && run=qemu-arm-static ;;
+    armhf) triple=arm-linux-gnueabihf && run=qemu-arm-static && options='-O1 -D_FILE_OFFSET_BITS=64' ;; # large files, too
     *) echo "portable.sh: no such machine: $1" >&2 && exit 2 ;;
     esac
     fetch_check "$1"

@@ -860,8 +860,10 @@ END_TEST
 START_TEST(half_the_address_space)
 {
     enum { GIB = 1 << 30 };
+    if (sizeof(off_t) < 8)
+        return; /* such a program opens no larger file */
     int file = memfd("large", 0, 0);
-    must(ftruncate(file, INT64_C(3) * GIB));
+    must(ftruncate(file, (off_t)(INT64_C(3) * GIB)));
     rig_open(&R);
     ck_assert_int_eq(ask_map(&R, 0, UINT64_C(3) * GIB, RW, file, 0), SIZE_MAX > UINT32_MAX ? 0 : -ENOMEM);
     check_healthy(&R);
@@ -1922,10 +1924,11 @@ END_TEST
 /* A client that leaves in the midst of finding out which layout it has: nothing stays under way. */
 START_TEST(dma_layout_and_gone)
 {
-    static const uint8_t answers[] = {0, 1, 2, 3, 4}; /* messages that it answers before it closes; the fourth shows the layout */
+    /* Messages that it answers before it closes. The fourth shows the layout, which other machines see in the first. */
+    const unsigned most = is_little_endian() ? 4 : 3;
     uint8_t data[64];
     fill_pattern(data, sizeof(data), 3);
-    for (unsigned a = 0; a < COUNT(answers); a++) {
+    for (unsigned answers = 0; answers <= most; answers++) {
         transfer t[3];
         guest_open(NULL);
         for (unsigned i = 0; i < COUNT(t); i++) { /* each reply fits both layouts */
@@ -1933,7 +1936,7 @@ START_TEST(dma_layout_and_gone)
             ck_assert_int_eq(vfu_dev_dma(R.dev, &t[i].dma), 1);
         }
         settle(R.dev);
-        for (unsigned i = 0; i < answers[a]; i++) {
+        for (unsigned i = 0; i < answers; i++) {
             vfu_wire_dma_access access = next_dma(VFU_CMD_DMA_READ);
             uint8_t payload[sizeof(access) + sizeof(data)], bytes[sizeof(vfu_wire_header) + sizeof(payload)];
             ck_assert_uint_le(access.address % PAGE + access.count, sizeof(data));
@@ -1943,7 +1946,7 @@ START_TEST(dma_layout_and_gone)
                                (uint32_t)(sizeof(access) + access.count));
             for (unsigned copies = i ? 1 : 2; copies; copies--) /* a second one is none */
                 must(send(R.client.sock, bytes, len, 0));
-            if (i + 1 == answers[a])
+            if (i + 1 == answers)
                 must(shutdown(R.client.sock, SHUT_RD)); /* it speaks, and doesn't listen any more */
             settle(R.dev);
         }

@@ -117,7 +117,6 @@ static void do_call(vfu_client *client, unsigned n)
     case 0: vfu_client_info(client, &info); break;
     case 1:
         if (vfu_client_region_info(client, 2, &region) == 0) {
-            ck_assert(region.area_count <= COUNT(region.areas));
             for (unsigned i = 0; i < region.area_count; i++)
                 ck_assert(region.areas[i].size <= region.size && region.areas[i].offset <= region.size - region.areas[i].size);
         } else {

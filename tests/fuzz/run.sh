@@ -67,14 +67,14 @@ for target in "$@"; do
 done
 for target in "$@"; do
     mkdir -p "$fuzz/corpus/$target"
-    seeds=
-    if [ -e "tests/fuzz/corpus/$target.hex" ]; then
-        seeds=$fuzz/seeds/$target
-        plant "tests/fuzz/corpus/$target.hex" "$seeds"
-    fi
+    seeds=$fuzz/seeds/$target
+    case $target in
+    nvme) plant tests/fuzz/corpus/dma_engine.hex "$seeds" ;; # all devices are talked to in the same way
+    *) plant "tests/fuzz/corpus/$target.hex" "$seeds" ;;
+    esac
     # libFuzzer needs a directory of its own for the disk that an example makes.
     if (cd "$fuzz" && ./"$target" -max_total_time="$seconds" -max_len=2048 -timeout=20 -rss_limit_mb=2048 -print_final_stats=1 \
-        -artifact_prefix=./ "corpus/$target" ${seeds:+"$seeds"}) >"$fuzz/$target.log" 2>&1; then
+        -artifact_prefix=./ "corpus/$target" "$seeds") >"$fuzz/$target.log" 2>&1; then
         passed=$((passed + 1))
     else
         failed=$((failed + 1))
