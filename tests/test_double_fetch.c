@@ -115,7 +115,7 @@ static unsigned run(unsigned queue, uint8_t opcode, uint64_t prp1, uint64_t prp2
     }
     heads[queue]++;
     set32(DOORBELLS + 8 * queue + 4, heads[queue]);
-    ck_assert_uint_eq(C.memory[cqe + 12] | C.memory[cqe + 13] << 8, cid);
+    ck_assert_int_eq(C.memory[cqe + 12] | C.memory[cqe + 13] << 8, cid);
     for (unsigned i = 0; i < 64 && settled; i++)
         ck_assert_msg(fetched[sqe + i] == 1, "byte %u of a command was fetched %u times", i, fetched[sqe + i]);
     return (C.memory[cqe + 14] | (unsigned)C.memory[cqe + 15] << 8) >> 1 & 0x7ff;
