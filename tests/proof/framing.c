@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Proofs of the framing step of the transport: one receive and one take, from any state that a connection can be in. They keep that
- * state valid and the stream in order, so this holds for a stream that arrives in any pieces, down to single bytes.
+ * Proofs of the framing of the transport: one receive and one take, from any state that a connection can be in (is_valid). Each
+ * leaves such a state, and the bytes of the stream in order, so that holds for a stream of any length that arrives in any pieces.
  *
  * The buffer is smaller than a real one (vfu_conn_create adds 64 KiB to the largest message), so every receive moves what is left to
  * the front. No descriptors travel.
@@ -12,10 +12,12 @@
 #define VFU_STATIC
 #include "vfu.h"
 
-enum {
-    LARGEST = 18, /* bytes of the largest message that the connection accepts */
-    CAPACITY = 20 /* of the buffer */
-};
+#ifndef LARGEST
+#define LARGEST 18 /* bytes of the largest message that the connection accepts */
+#endif
+#ifndef CAPACITY
+#define CAPACITY 34 /* bytes of the buffer: two small messages and a part of the next */
+#endif
 
 static uint8_t buffer[CAPACITY], arriving[CAPACITY];
 static vfu_conn conn;
@@ -36,9 +38,30 @@ static int64_t receive(void *ctx, void *buf, size_t len, int *fds, unsigned *fd_
     return (int64_t)received;
 }
 
+/* What is at offset `at` of the buffer: the size of a whole message; 0: a part of one; UINT32_MAX: no message begins like this. */
+static uint32_t size_at(size_t at)
+{
+    uint32_t size;
+    if (conn.rx_end - at < VFU_HDR_SIZE)
+        return 0;
+    memcpy(&size, buffer + at + 4, sizeof size);
+    return size < VFU_HDR_SIZE || size > LARGEST ? UINT32_MAX : size <= conn.rx_end - at ? size : 0;
+}
+
+/* Whole messages from rx_start to rx_scanned, and behind that a part of one, or what breaks the stream and is known to. */
 static bool is_valid(void)
 {
-    return conn.rx_start <= conn.rx_scanned && conn.rx_scanned <= conn.rx_end && conn.rx_end <= conn.capacity;
+    if (conn.rx_start > conn.rx_scanned || conn.rx_scanned > conn.rx_end || conn.rx_end > conn.capacity)
+        return false;
+    size_t at = conn.rx_start;
+    for (size_t i = 0; i < CAPACITY / VFU_HDR_SIZE; i++)
+        if (at < conn.rx_scanned) {
+            uint32_t size = size_at(at);
+            if (size == 0 || size == UINT32_MAX)
+                return false;
+            at += size;
+        }
+    return at == conn.rx_scanned && size_at(at) == (conn.rx_broken ? UINT32_MAX : 0);
 }
 
 static void any_connection(void)
@@ -89,14 +112,12 @@ void take_step(void)
     uint32_t size = 0;
     if (had >= VFU_HDR_SIZE)
         memcpy(&size, buffer + start + 4, sizeof size);
-    /* vfux_conn_scan has stopped at or behind the end of the first message, if that is complete. */
-    ASSUME(size < VFU_HDR_SIZE || size > LARGEST || size > had || conn.rx_scanned - start >= size);
     int got = vfu_conn_next(&conn, &frame);
     PROVE(is_valid());
     if (got == 1) {
         PROVE(size >= VFU_HDR_SIZE && size <= LARGEST && size <= had);
         PROVE(frame.bytes == buffer + start && frame.len == size && frame.fd_count == 0);
-        PROVE(conn.rx_end - conn.rx_start == had - size);
+        PROVE(conn.rx_end - conn.rx_start == had - size && (conn.rx_start == start + size || conn.rx_start == conn.rx_end));
     } else {
         PROVE(conn.rx_start == start && conn.rx_end - start == had);
         PROVE(got == (had < VFU_HDR_SIZE || (size >= VFU_HDR_SIZE && size <= LARGEST) ? 0 : -EBADMSG));

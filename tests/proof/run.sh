@@ -31,7 +31,16 @@ chain         | codec.c   | chain         | -DTAIL=16 --unwind 18 --unwindset ch
 chain-made    | codec.c   | chain_made    | --unwind 3                                     | a type, 0 to 2 areas
 features      | codec.c   | features      | -DTAIL=34 --unwind 36                          | payloads of up to 34 bytes
 features-made | codec.c   | features_made | --unwind 3                                     | up to 1 range
-framing-take  | framing.c | take_step     | --unwind 22                                    | any state, buffer of 20, messages of up to 18
+json-string   | json.c    | string        | -DLENGTH=8 --unwind 10                         | any text of 8 bytes, any place in it
+json-number   | json.c    | number        | -DLENGTH=22 --unwind 24                        | any text of 22 bytes, any place in it
+json-digits   | json.c    | digits        | -DLENGTH=5 --unwind 7                          | any text of 5 bytes, any place in it
+json-scalar   | json.c    | scalar        | -DLENGTH=6 --unwind 10                         | any text of 6 bytes, any place in it
+json-lookup   | json.c    | lookup        | -DLENGTH=1 --unwind 30                         | any name in any open containers
+json-step     | json.c    | step          | -DLENGTH=3 --unwind 26                         | any text of 3 bytes, any open containers
+pci-store     | pci.c     | store         | --unwind 258                                   | any space of 256 bytes, any byte anywhere
+pci-ask       | pci.c     | ask           | --unwind 10                                    | any space of 256 bytes, up to 8 of them
+framing-take  | framing.c | take_step     | --unwind 36                                    | any state, buffer of 34, messages of up to 18
+framing-more  | framing.c | receive_step  | -DCAPACITY=24 --unwind 26                      | any state, buffer of 24, any number of bytes
 '
 # Two proofs for each command: its name and number, the bytes of the fixed part of its payload; the most bytes behind those to decode;
 # the fewest (but none) and the most to encode; options for CBMC.
@@ -91,6 +100,8 @@ broken-decode   | decode-SET_IRQS | s/^        if (in->n - size < w.count) {$/  
 broken-encode   | encode-GET_INFO | s/m->u.device_info.num_irqs};/m->u.device_info.num_regions};/ | prove_same
 broken-features | features-made   | s/^    if (cap < size /    if (cap + 1 < size / | features_made
 broken-framing  | framing-take    | s/^    if (size > conn->rx_end - at)$/    if (size > conn->rx_end - at + 1)/ | take_step
+broken-json     | json-string     | s/{ return j->at < j->end; }/{ return j->at <= j->end; }/ | pointer_dereference
+broken-pci      | pci-store       | s/((old & ~pci->writable\[at\])/((old \& pci->clearable[at])/ | store_at.assertion
 broken-rotate    | iommu-insert-4   | s/^    vfux_measure(t, a);$// | walk.assertion
 broken-successor | iommu-remove-4   | s/vfux_set(links\[depth\], vfux_get(&s->right))/vfux_set(links[depth], vfux_get(\&s->left))/ | take_out.assertion
 broken-overlap   | iommu-find-place | s/if (!left && first <= vfux_last(n))/if (!left \&\& first < vfux_last(n))/ | find_place.assertion
