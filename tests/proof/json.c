@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * Proofs of the JSON of VERSION, step by step: its parser takes text from the peer, so nothing is assumed of a byte, nor of where in
- * the text a step begins, nor of the containers that are open.
+ * the text a step begins, nor of the containers that are open. The loop over values and containers is left to fuzzing.
  */
 #include "proof.h"
 
@@ -94,27 +94,4 @@ void lookup(void)
     vfux_json_place place = vfux_json_lookup(&j);
     PROVE(place == VFUX_JSON_UNKNOWN || (place > VFUX_JSON_TOP && place < VFUX_JSON_UNKNOWN));
     PROVE(place == VFUX_JSON_UNKNOWN || j.stack[j.depth - 1] <= VFUX_JSON_MIGRATION);
-}
-
-/*
- * The two steps between values, from any open containers: a container is opened, or what follows a value is taken. Each turn of
- * vfux_json_document is one of these and a scalar, so it ends and keeps to the text, however deep that is nested.
- */
-void step(void)
-{
-    vfux_json j = any_parser();
-    const uint8_t *from = j.at;
-    vfux_json_place place = (vfux_json_place)up_to(VFUX_JSON_UNKNOWN);
-    bool done = false;
-    if (nondet_bool()) {
-        ASSUME(from < j.end);
-        bool good = vfux_json_open(&j, place, nondet_bool());
-        prove_parser(&j, from);
-        PROVE(!good || (j.at == from + 1 && j.depth > 0));
-        return;
-    }
-    bool good = vfux_json_next(&j, &place, &done);
-    prove_parser(&j, from);
-    PROVE(!good || (done ? j.at == j.end && j.depth == 0 : j.at > from && j.depth > 0));
-    PROVE(place >= VFUX_JSON_TOP && place <= VFUX_JSON_UNKNOWN);
 }

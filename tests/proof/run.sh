@@ -36,11 +36,9 @@ json-number   | json.c    | number        | -DLENGTH=22 --unwind 24             
 json-digits   | json.c    | digits        | -DLENGTH=5 --unwind 7                          | any text of 5 bytes, any place in it
 json-scalar   | json.c    | scalar        | -DLENGTH=6 --unwind 10                         | any text of 6 bytes, any place in it
 json-lookup   | json.c    | lookup        | -DLENGTH=1 --unwind 30                         | any name in any open containers
-json-step     | json.c    | step          | -DLENGTH=3 --unwind 26                         | any text of 3 bytes, any open containers
 pci-store     | pci.c     | store         | --unwind 258                                   | any space of 256 bytes, any byte anywhere
-pci-ask       | pci.c     | ask           | --unwind 10                                    | any space of 256 bytes, up to 8 of them
+framing-more  | framing.c | receive_step  | -DCAPACITY=20 --unwind 22                      | any state, buffer of 20, any number of bytes
 framing-take  | framing.c | take_step     | --unwind 36                                    | any state, buffer of 34, messages of up to 18
-framing-more  | framing.c | receive_step  | -DCAPACITY=24 --unwind 26                      | any state, buffer of 24, any number of bytes
 '
 # Two proofs for each command: its name and number, the bytes of the fixed part of its payload; the most bytes behind those to decode;
 # the fewest (but none) and the most to encode; options for CBMC.
