@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Proof of the PCI configuration space: whatever a client writes, what it may not write stays as it is.
+ * Proofs of the PCI configuration space: capabilities are found where they are, and whatever a client writes, what it may not write
+ * stays as it is.
  */
 #include "proof.h"
 
@@ -8,9 +9,31 @@
 #define VFU_STATIC
 #include "vfu.h"
 
-enum { SIZE = 256 }; /* bytes of the space: a device without PCI Express */
+enum {
+    SIZE = 256, /* bytes of the space: a device without PCI Express */
+    LISTED = 4  /* most capabilities in a list */
+};
 
 static vfu_pci space;
+
+/* In any ascending list the first capability with that identity is found; with none of it the answer is 0. */
+void walk(void)
+{
+    vfu_pci any;
+    uint8_t at[LISTED], link = VFUX_PCI_CAPABILITIES, id = nondet_u8(), found = 0;
+    const size_t count = up_to(LISTED);
+    space = any;
+    for (size_t i = 0; i < LISTED; i++)
+        if (i < count) {
+            ASSUME(at[i] >= VFUX_PCI_FIRST_CAP && at[i] % 4 == 0 && (i == 0 || at[i] > at[i - 1]));
+            ASSUME(space.config[link] == at[i]);
+            link = (uint8_t)(at[i] + 1);
+            if (found == 0 && space.config[at[i]] == id)
+                found = at[i];
+        }
+    ASSUME(space.config[link] == 0);
+    PROVE(vfu_pci_capability(&space, id) == found);
+}
 
 /* Any space whose capabilities lie where building can put them, with any contents. */
 static void any_space(void)

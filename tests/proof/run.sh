@@ -36,6 +36,7 @@ json-number   | json.c    | number        | -DLENGTH=22 --unwind 24             
 json-digits   | json.c    | digits        | -DLENGTH=5 --unwind 7                          | any text of 5 bytes, any place in it
 json-scalar   | json.c    | scalar        | -DLENGTH=6 --unwind 10                         | any text of 6 bytes, any place in it
 json-lookup   | json.c    | lookup        | -DLENGTH=1 --unwind 30                         | any name in any open containers
+pci-walk      | pci.c     | walk          | --unwind 9                                     | any list of up to 4 capabilities
 pci-store     | pci.c     | store         | --unwind 258                                   | any space of 256 bytes, any byte anywhere
 framing-more  | framing.c | receive_step  | -DCAPACITY=20 --unwind 22                      | any state, buffer of 20, any number of bytes
 framing-take  | framing.c | take_step     | --unwind 36                                    | any state, buffer of 34, messages of up to 18
@@ -99,6 +100,7 @@ broken-encode   | encode-GET_INFO | s/m->u.device_info.num_irqs};/m->u.device_in
 broken-features | features-made   | s/^    if (cap < size /    if (cap + 1 < size / | features_made
 broken-framing  | framing-take    | s/^    if (size > conn->rx_end - at)$/    if (size > conn->rx_end - at + 1)/ | take_step
 broken-json     | json-string     | s/{ return j->at < j->end; }/{ return j->at <= j->end; }/ | pointer_dereference
+broken-walk     | pci-walk        | s/pci->config\[at\] != id/pci->config[at] == id/ | walk.assertion
 broken-pci      | pci-store       | s/((old & ~pci->writable\[at\])/((old \& pci->clearable[at])/ | store_at.assertion
 broken-rotate    | iommu-insert-4   | s/^    vfux_measure(t, a);$// | walk.assertion
 broken-successor | iommu-remove-4   | s/vfux_set(links\[depth\], vfux_get(&s->right))/vfux_set(links[depth], vfux_get(\&s->left))/ | take_out.assertion
