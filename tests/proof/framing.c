@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * Proofs of the framing of the transport: one receive and one take, from any state that a connection can be in (is_valid). Each
- * leaves such a state, and the bytes of the stream in order, so that holds for a stream of any length that arrives in any pieces.
+ * leaves such a state, and the bytes of the stream in order, so that holds for a stream of any length that arrives in any
+ * pieces.
  *
- * The buffer is smaller than a real one (vfu_conn_create adds 64 KiB to the largest message), so every receive moves what is left to
- * the front. No descriptors travel.
+ * The buffer is smaller than a real one (vfu_conn_create adds 64 KiB to the largest message), so every receive moves what is
+ * left to the front. No descriptors travel.
  */
 #include "proof.h"
 
@@ -38,7 +39,8 @@ static int64_t receive(void *ctx, void *buf, size_t len, int *fds, unsigned *fd_
     return (int64_t)received;
 }
 
-/* What is at offset `at` of the buffer: the size of a whole message; 0: a part of one; UINT32_MAX: no message begins like this. */
+/* What is at offset `at` of the buffer: the size of a whole message; 0: a part of one; UINT32_MAX: no message begins like
+ * this. */
 static uint32_t size_at(size_t at)
 {
     uint32_t size;

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * Proofs of the JSON of VERSION, step by step: its parser takes text from the peer, so nothing is assumed of a byte, nor of where in
- * the text a step begins, nor of the containers that are open. The loop over values and containers is left to fuzzing.
+ * Proofs of the JSON of VERSION, step by step: its parser takes text from the peer, so nothing is assumed of a byte, nor of
+ * where in the text a step begins, nor of the containers that are open. The loop over values and containers is left to
+ * fuzzing.
  */
 #include "proof.h"
 

@@ -6,16 +6,16 @@
 #
 #     tests/proof/run.sh BUILD_DIR [PROOF...]
 #
-# PROOF is a name or a shell pattern of names; without one all are run. Needs CBMC 6 and a C compiler to preprocess with. A CBMC that
-# the machine lacks is fetched on Debian, see tests/unpack.sh, and unpacked below BUILD_DIR/proof.
+# PROOF is a name or a shell pattern of names; without one all are run. Needs CBMC 6 and a C compiler to preprocess with. A CBMC
+# that the machine lacks is fetched on Debian, see tests/unpack.sh, and unpacked below BUILD_DIR/proof.
 #
 #     VFU_PROOF_REQUIRED=1     a CBMC that can't be had is a failure, not a reason to skip; so does VFU_CI=1
 #     VFU_PROOF_DIR=DIR        where CBMC is unpacked, instead of BUILD_DIR/proof
 #     VFU_PROOF_JOBS=N         proofs at a time; default: the number of processors
 #
-# Each proof has a line: whether it holds (or, for a broken copy, is refuted), its name, its bound, how many properties were checked,
-# and the processor time. Always checked besides what the proofs state: bounds, pointers, signed overflow, pointer overflow, shifts, divisions,
-# and that no loop goes on where the proof stops unrolling it.
+# Each proof has a line: whether it holds (or, for a broken copy, is refuted), its name, its bound, how many properties were
+# checked, and the processor time. Always checked besides what the proofs state: bounds, pointers, signed overflow, pointer
+# overflow, shifts, divisions, and that no loop goes on where the proof stops unrolling it.
 #
 # Exit status: 0 when everything held, 1 when not, 2 for wrong arguments, 77 when there is no CBMC here.
 set -eu
