@@ -84,10 +84,10 @@ static const uint32_t sandbox_calls[] = {
 #endif
     /* memory, but none that can be executed: see below for mmap and mprotect */
     SANDBOX_CALL(munmap) SANDBOX_CALL(mremap) SANDBOX_CALL(madvise) SANDBOX_CALL(brk)
-    /* threads that are there, and signals to ourselves */
-    SANDBOX_CALL(futex) SANDBOX_CALL(sched_yield) SANDBOX_CALL(set_robust_list) SANDBOX_CALL(exit) SANDBOX_CALL(exit_group)
-        SANDBOX_CALL(rt_sigaction) SANDBOX_CALL(rt_sigprocmask) SANDBOX_CALL(rt_sigreturn) SANDBOX_CALL(sigaltstack)
-            SANDBOX_CALL(restart_syscall)
+    /* threads that are there, even if they have just started, and signals to ourselves */
+    SANDBOX_CALL(gettid) SANDBOX_CALL(sched_getaffinity) SANDBOX_CALL(futex) SANDBOX_CALL(sched_yield)
+        SANDBOX_CALL(set_robust_list) SANDBOX_CALL(exit) SANDBOX_CALL(exit_group) SANDBOX_CALL(rt_sigaction)
+            SANDBOX_CALL(rt_sigprocmask) SANDBOX_CALL(rt_sigreturn) SANDBOX_CALL(sigaltstack) SANDBOX_CALL(restart_syscall)
 #ifdef __NR_sigreturn
                 SANDBOX_CALL(sigreturn)
 #endif

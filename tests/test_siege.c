@@ -553,9 +553,13 @@ static unsigned fds_of(pid_t pid)
     return count - 2;
 }
 
-/* KiB of memory that is the process's own */
+/* KiB of memory that is the process's own. AddressSanitizer keeps what is freed, and looks for leaks itself: 0 */
 static unsigned long memory_of(pid_t pid)
 {
+#ifdef __SANITIZE_ADDRESS__
+    (void)pid;
+    return 0;
+#else
     char path[32], line[128];
     unsigned long value = 0;
     snprintf(path, sizeof(path), "/proc/%d/status", (int)pid);
@@ -565,6 +569,7 @@ static unsigned long memory_of(pid_t pid)
     }
     fclose(file);
     return value;
+#endif
 }
 
 static void wait_us(uint32_t us) { nanosleep(&(struct timespec){.tv_nsec = (long)us * 1000}, NULL); }
