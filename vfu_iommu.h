@@ -1558,7 +1558,7 @@ static void vfux_touch_body(void *arg) { (void)*(const volatile char *)arg; }
  * `bad` is outside, since some machines give the start of its page and some emulators anything. */
 static uint64_t vfux_locate(vfu_iommu *t, uint64_t iova, char *host, size_t len, const void *bad)
 {
-    uintptr_t offset = vfux_min(bad ? (uintptr_t)bad - (uintptr_t)host : UINTPTR_MAX, len - 1);
+    uintptr_t offset = (uintptr_t)vfux_min(bad ? (uintptr_t)bad - (uintptr_t)host : UINTPTR_MAX, len - 1);
     size_t page = 0, next;
     const void *ignored;
     while ((next = page + (4096 - ((uintptr_t)host + page) % 4096)) <= offset) {
