@@ -21,8 +21,11 @@
 set -eu
 export LC_ALL=C
 
-# name | file | function | options for CBMC | bound
-proofs='
+# What is proved by itself, and replaced by that in the proof of the whole
+parts='--replace vfux_json_string:any_string --replace vfux_json_scalar:any_scalar --replace vfux_json_lookup:any_lookup'
+
+# name | file | function | options for CBMC, or --replace CALLED:INSTEAD | bound
+proofs="
 header        | codec.c   | header        | --unwind 7                                     | whole headers, every command and flag
 unknown       | codec.c   | unknown       | --unwind 7                                     | whole headers of unknown commands, framing
 misframed     | codec.c   | misframed     | -DLONGEST=0x100000 --unwind 3 | up to 1 MiB that the header does not count right
@@ -36,11 +39,13 @@ json-number   | json.c    | number        | -DLENGTH=22 --unwind 24             
 json-digits   | json.c    | digits        | -DLENGTH=5 --unwind 7                          | any text of 5 bytes, any place in it
 json-scalar   | json.c    | scalar        | -DLENGTH=6 --unwind 10                         | any text of 6 bytes, any place in it
 json-lookup   | json.c    | lookup        | -DLENGTH=1 --unwind 30                         | any name in any open containers
+json-document | json.c    | document      | -DLENGTH=4 --unwind 6 $parts                   | any 4 bytes and what is open before them
+pci-build     | pci.c     | build         | --unwind 9                                     | any description without PCI Express
 pci-walk      | pci.c     | walk          | --unwind 9                                     | any list of up to 4 capabilities
 pci-store     | pci.c     | store         | --unwind 258                                   | any space of 256 bytes, any byte anywhere
 framing-more  | framing.c | receive_step  | -DCAPACITY=20 --unwind 22                      | any state, buffer of 20, any number of bytes
 framing-take  | framing.c | take_step     | --unwind 36                                    | any state, buffer of 34, messages of up to 18
-'
+"
 # Two proofs for each command: its name and number, the bytes of the fixed part of its payload; the most bytes behind those to decode;
 # the fewest (but none) and the most to encode; options for CBMC.
 commands='
@@ -100,6 +105,8 @@ broken-encode   | encode-GET_INFO | s/m->u.device_info.num_irqs};/m->u.device_in
 broken-features | features-made   | s/^    if (cap < size /    if (cap + 1 < size / | features_made
 broken-framing  | framing-take    | s/^    if (size > conn->rx_end - at)$/    if (size > conn->rx_end - at + 1)/ | take_step
 broken-json     | json-string     | s/{ return j->at < j->end; }/{ return j->at <= j->end; }/ | pointer_dereference
+broken-depth    | json-document   | s/^    if (j->depth == VFU_CAPS_DEPTH_MAX) {/    if (j->depth > VFU_CAPS_DEPTH_MAX) {/ | prove_parser.assertion
+broken-build    | pci-build       | s/(!wide && bar->size > UINT32_C(1) << 31)/(!wide \&\& bar->size > UINT64_C(1) << 32)/ | build.assertion
 broken-walk     | pci-walk        | s/pci->config\[at\] != id/pci->config[at] == id/ | walk.assertion
 broken-pci      | pci-store       | s/((old & ~pci->writable\[at\])/((old \& pci->clearable[at])/ | store_at.assertion
 broken-rotate    | iommu-insert-4   | s/^    vfux_measure(t, a);$// | walk.assertion
@@ -111,7 +118,7 @@ broken-scan      | iommu-probe      | s/^        if ((view.prot & prot) != prot)
 broken-unmap     | iommu-unmap      | s/if (vfux_iova(n) < first .. vfux_last(n) > last)$/if (vfux_iova(n) < first)/ | unmap.assertion
 '
 
-time_limit=120                    # seconds of processor time
+time_limit=300                    # seconds of processor time
 memory_limit=$((4 * 1024 * 1024)) # KiB
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -132,9 +139,9 @@ skip() {
 # shellcheck source=tests/unpack.sh
 . "$here/../unpack.sh"
 
-# Sets `cbmc`, the command to run.
+# Finds CBMC: from then on `tool NAME ARGUMENT...` runs a program of it.
 find_cbmc() {
-    cbmc=(cbmc)
+    loader=() programs=
     if [[ $(cbmc --version 2>/dev/null || :) = 6.* ]]; then
         return
     fi
@@ -148,26 +155,42 @@ find_cbmc() {
         unpack "$tree" "$store"/apt/*.deb
         rm "$store"/apt/*.deb
     fi
-    cbmc=("$lib/ld-linux-x86-64.so.2" --library-path "$lib:$tree/usr/lib" "$tree/usr/bin/cbmc")
-    [[ $("${cbmc[@]}" --version 2>/dev/null || :) = 6.* ]] || skip "the CBMC in $tree doesn't run"
+    loader=("$lib/ld-linux-x86-64.so.2" --library-path "$lib:$tree/usr/lib") programs=$tree/usr/bin/
+    [[ $(tool cbmc --version 2>/dev/null || :) = 6.* ]] || skip "the CBMC in $tree doesn't run"
 }
 
-# prove NAME HEADERS FILE FUNCTION OPTIONS...: what CBMC says goes to the proof's log.
+tool() { "${loader[@]}" "$programs$1" "${@:2}"; }
+
+# prove NAME HEADERS FILE FUNCTION OPTIONS...
 prove() {
-    local name=$1 headers=$2 file=$3 function=$4
+    local name=$1 headers=$2 source=$here/$3 function=$4 program=$build/log/$1.goto options=(--pointer-overflow-check) defines=()
+    local replaced=()
     shift 4
+    while [[ $# -gt 0 ]]; do
+        case $1 in
+        -D*) defines+=("$1") ;;
+        --replace) replaced+=(--replace-calls "$2") && shift ;;
+        --no-standard-checks) options[0]=$1 ;;
+        *) options+=("$1") ;;
+        esac
+        shift
+    done
     ulimit -v "$memory_limit"
     ulimit -t "$time_limit"
-    [[ " $* " = *" --no-standard-checks "* ]] || set -- --pointer-overflow-check "$@"
-    "${cbmc[@]}" "$here/$file" -I "$headers" -I "$here" --function "$function" --unwinding-assertions \
-        --object-bits 14 --max-field-sensitivity-array-size 512 --unwindset strlen.0:32,vfux_name.0:20 \
-        --verbosity 6 "$@" >"$build/log/$name" 2>&1 </dev/null
+    if [[ ${#replaced[@]} -gt 0 ]]; then
+        tool goto-cc "$source" -I "$headers" -I "$here" "${defines[@]}" --function "$function" -o "$program" || return
+        tool goto-instrument "${replaced[@]}" "$program" "$program" || return
+        source=$program defines=()
+    fi
+    tool cbmc "$source" -I "$headers" -I "$here" "${defines[@]}" --function "$function" --unwinding-assertions --object-bits 14 \
+        --max-field-sensitivity-array-size 512 --unwindset strlen.0:32,vfux_name.0:20 --drop-unused-functions --slice-formula \
+        --verbosity 6 "${options[@]}"
 }
 
-# Starts `prove` with its processor time beside the log.
+# The same, with what CBMC says and the processor time in files.
 timed() {
     local TIMEFORMAT=%U
-    { time prove "$@"; } 2>"$build/log/$1.time"
+    { time prove "$@" >"$build/log/$1" 2>&1 </dev/null; } 2>"$build/log/$1.time"
 }
 
 # report VERDICT NAME BOUND
