@@ -386,7 +386,7 @@ static int do_call(vfu_client *client, unsigned n, uint8_t *mem, int fd)
     vfu_wire_device_info info;
     vfu_wire_irq_info irq;
     vfu_client_region region;
-    uint8_t data[16];
+    uint8_t data[16] = {0};
     int err;
     switch (n) {
     case 0: return vfu_client_info(client, &info);
