@@ -39,8 +39,8 @@ json-number   | json.c    | number        | -DLENGTH=22 --unwind 24             
 json-digits   | json.c    | digits        | -DLENGTH=5 --unwind 7                          | any text of 5 bytes, any place in it
 json-scalar   | json.c    | scalar        | -DLENGTH=6 --unwind 10                         | any text of 6 bytes, any place in it
 json-lookup   | json.c    | lookup        | -DLENGTH=1 --unwind 30                         | any name in any open containers
-json-document | json.c    | document      | -DLENGTH=4 --unwind 6 $parts                   | any 4 bytes and what is open before them
-pci-build     | pci.c     | build         | --unwind 9                                     | any description without PCI Express
+json-document | json.c    | document      | -DLENGTH=3 --unwind 5 $parts                   | any 3 bytes and what is open before them
+pci-bars      | pci.c     | bars          | --unwind 9                                     | any six BARs and ROM
 pci-walk      | pci.c     | walk          | --unwind 9                                     | any list of up to 4 capabilities
 pci-store     | pci.c     | store         | --unwind 258                                   | any space of 256 bytes, any byte anywhere
 framing-more  | framing.c | receive_step  | -DCAPACITY=20 --unwind 22                      | any state, buffer of 20, any number of bytes
@@ -106,7 +106,7 @@ broken-features | features-made   | s/^    if (cap < size /    if (cap + 1 < siz
 broken-framing  | framing-take    | s/^    if (size > conn->rx_end - at)$/    if (size > conn->rx_end - at + 1)/ | take_step
 broken-json     | json-string     | s/{ return j->at < j->end; }/{ return j->at <= j->end; }/ | pointer_dereference
 broken-depth    | json-document   | s/^    if (j->depth == VFU_CAPS_DEPTH_MAX) {/    if (j->depth > VFU_CAPS_DEPTH_MAX) {/ | prove_parser.assertion
-broken-build    | pci-build       | s/(!wide && bar->size > UINT32_C(1) << 31)/(!wide \&\& bar->size > UINT64_C(1) << 32)/ | build.assertion
+broken-bars     | pci-bars        | s/(!wide && bar->size > UINT32_C(1) << 31)/(!wide \&\& bar->size > UINT64_C(1) << 32)/ | bars.assertion
 broken-walk     | pci-walk        | s/pci->config\[at\] != id/pci->config[at] == id/ | walk.assertion
 broken-pci      | pci-store       | s/((old & ~pci->writable\[at\])/((old \& pci->clearable[at])/ | store_at.assertion
 broken-rotate    | iommu-insert-4   | s/^    vfux_measure(t, a);$// | walk.assertion
