@@ -15,10 +15,7 @@
 #define VFU_IMPLEMENTATION
 #include "vfu.h"
 
-#include "sandbox.h"
-
-#include <getopt.h>
-#include <sys/syscall.h>
+#include "program.h"
 
 enum { RAM_SIZE = 64 << 10, LEN_MAX = 16 << 20, CHUNK = 128 << 10, PAGE = 4096 };
 enum { BAR_REGISTERS = 0, BAR_RAM = 2, BAR_MSIX = 4 };
@@ -516,18 +513,6 @@ static int migration_write(void *ctx, const void *buf, size_t len)
 
 /* ---- the program -------------------------------------------------------------------------------------------------------- */
 
-static vfu_dev *the_device;
-static volatile sig_atomic_t asked_for_table, asked_to_end;
-
-static void on_signal(int number)
-{
-    if (number == SIGUSR1)
-        asked_for_table = 1;
-    else
-        asked_to_end = 1;
-    vfu_dev_stop(the_device);
-}
-
 /* SIGUSR1: every mapping, for people and tests. */
 static void print_table(vfu_iommu *iommu)
 {
@@ -545,29 +530,6 @@ static void print_table(vfu_iommu *iommu)
     fprintf(stderr, "table end %u\n", count);
 }
 
-static int usage(const char *name)
-{
-    fprintf(stderr,
-            "usage: %s (--socket-path=PATH | --fd=N) [--verbose] [--no-mmap] [--sandbox]\n"
-            "  --socket-path=PATH  listen on a UNIX socket\n"
-            "  --fd=N              serve a socket that listens or is connected already\n"
-            "  --verbose           print a line for each request\n"
-            "  --no-mmap           never map the client's memory: all DMA by message\n"
-            "  --sandbox           give up all system calls but those that serving needs\n"
-            "example: %s --socket-path=/tmp/engine.sock\n",
-            name, name);
-    return 2;
-}
-
-/* A descriptor number, or -1. */
-static int parse_fd(const char *text)
-{
-    char *end;
-    errno = 0;
-    long fd = strtol(text, &end, 10);
-    return errno || end == text || *end || fd < 0 || fd > INT_MAX ? -1 : (int)fd;
-}
-
 static int make_ram(engine *e)
 {
     int fd = (int)syscall(SYS_memfd_create, "dma_engine", 3u); /* MFD_CLOEXEC | MFD_ALLOW_SEALING */
@@ -580,60 +542,21 @@ static int make_ram(engine *e)
     return e->ram == MAP_FAILED || !e->buffer || !e->stream || !e->copied ? -ENOMEM : fd;
 }
 
-static int serve(engine *e)
-{
-    int err = 0;
-    while (!err && !asked_to_end) {
-        if (asked_for_table) {
-            asked_for_table = 0;
-            print_table(vfu_dev_iommu(e->dev));
-        }
-        err = vfu_dev_run(e->dev);
-    }
-    return err == -ENOTCONN ? 0 : err; /* the client of a socket that was connected already has left */
-}
-
-static void catch_signals(void)
-{
-    struct sigaction action;
-    memset(&action, 0, sizeof(action));
-    action.sa_handler = on_signal;
-    sigaction(SIGTERM, &action, NULL);
-    sigaction(SIGINT, &action, NULL);
-    sigaction(SIGUSR1, &action, NULL);
-    signal(SIGPIPE, SIG_IGN); /* whoever read the messages of --verbose may stop doing so */
-}
-
 int main(int argc, char **argv)
 {
-    static const struct option options[] = {
-        {"socket-path", required_argument, NULL, 's'}, {"fd", required_argument, NULL, 'f'}, {"verbose", no_argument, NULL, 'v'},
-        {"no-mmap", no_argument, NULL, 'n'},           {"sandbox", no_argument, NULL, 'x'},  {0},
+    bool no_mmap = false;
+    const program_option own[] = {
+        {"no-mmap", NULL, "never map the client's memory: all DMA by message; SIGUSR1 prints what is mapped", .flag = &no_mmap},
+        {0},
     };
-    const char *path = NULL;
-    int fd = -1, option;
-    bool verbose = false, no_mmap = false, sandbox = false;
-    while ((option = getopt_long(argc, argv, "", options, NULL)) != -1) {
-        switch (option) {
-        case 's': path = optarg; break;
-        case 'f':
-            fd = parse_fd(optarg);
-            if (fd < 0)
-                return usage(argv[0]);
-            break;
-        case 'v': verbose = true; break;
-        case 'n': no_mmap = true; break;
-        case 'x': sandbox = true; break;
-        default: return usage(argv[0]);
-        }
-    }
-    if (optind != argc || !path == (fd < 0))
-        return usage(argv[0]);
+    program p = {.usage = "[--verbose] [--no-mmap] [--sandbox]"};
+    if (!program_options(&p, own, argc, argv))
+        return program_usage(&p);
 
     static engine e;
     int ram_fd = make_ram(&e);
     if (ram_fd < 0) {
-        fprintf(stderr, "%s: no device RAM: %s\n", argv[0], strerror(-ram_fd));
+        fprintf(stderr, "%s: no device RAM: %s\n", p.name, strerror(-ram_fd));
         return 1;
     }
     e.regs = (registers){.magic = MAGIC, .version = VERSION};
@@ -671,29 +594,23 @@ int main(int argc, char **argv)
             },
         .migration = {.pre_copy = true, .change = change, .read = migration_read, .write = migration_write},
         .policy = {.no_mmap = no_mmap},
-        .logger = {.level = verbose ? VFU_LEVEL_TRACE : VFU_LEVEL_WARNING},
+        .logger = {.level = p.verbose ? VFU_LEVEL_TRACE : VFU_LEVEL_WARNING},
     };
     int err = vfu_dev_create(&e.dev, &desc);
-    the_device = e.dev;
     if (!err)
-        catch_signals(); /* before anybody can see the socket file */
-    if (!err)
-        err = path ? vfu_dev_listen(e.dev, path) : vfu_dev_attach(e.dev, fd);
-    if (err) {
-        fprintf(stderr, "%s: %s: %s\n", argv[0], path ? path : "--fd", strerror(-err));
-        vfu_dev_destroy(e.dev);
-        return 1;
+        err = program_open(&p, e.dev, SIGUSR1);
+    if (!err && p.sandbox)
+        err = sandbox_enter();
+    while (!err && !program_ends) {
+        if (atomic_exchange(&program_asked, false))
+            print_table(vfu_dev_iommu(e.dev));
+        err = vfu_dev_run(e.dev);
     }
-    err = sandbox ? sandbox_enter() : 0;
-    if (!err)
-        err = serve(&e);
-    if (err)
-        fprintf(stderr, "%s: %s\n", argv[0], strerror(-err));
     vfu_dev_destroy(e.dev);
     munmap(e.ram, RAM_SIZE);
     close(ram_fd);
     free(e.buffer);
     free(e.stream);
     free(e.copied);
-    return err ? 1 : 0;
+    return program_end(&p, err);
 }

@@ -19,9 +19,8 @@
 #define VFU_IMPLEMENTATION
 #include "vfu.h"
 
-#include "sandbox.h"
+#include "program.h"
 
-#include <getopt.h>
 #include <termios.h>
 
 enum { FIFO_SIZE = 16, BAR_REGISTERS = 0, BAR_SIZE = 8, ESCAPE = 0x1d /* Ctrl-] */ };
@@ -354,16 +353,6 @@ static void disconnected(void *ctx)
 
 /* ---- the program ----------------------------------------------------------------------------------------------------------- */
 
-static vfu_dev *the_device;
-static volatile sig_atomic_t asked_to_end;
-
-static void on_signal(int number)
-{
-    (void)number;
-    asked_to_end = 1;
-    vfu_dev_stop(the_device); /* wakes poll() */
-}
-
 static uint64_t earlier(uint64_t a, uint64_t b) { return a < b ? a : b; }
 
 /* One turn of the loop. 0; -ENOTCONN: there is no client and none can come. */
@@ -412,7 +401,7 @@ static int turn(serial *s)
 static int serve(serial *s)
 {
     int err = 0;
-    while (!asked_to_end && (!err || (err == -ENOTCONN && s->shifting)))
+    while (!program_ends && (!err || (err == -ENOTCONN && s->shifting)))
         err = turn(s);
     return err == -ENOTCONN ? 0 : err;
 }
@@ -436,54 +425,12 @@ static bool make_raw(serial *s, struct termios *before)
     return tcsetattr(STDIN_FILENO, TCSANOW, &raw) == 0;
 }
 
-static int usage(const char *name, FILE *out)
-{
-    fprintf(out,
-            "usage: %s (--socket-path=PATH | --fd=N) [--verbose] [--sandbox]\n"
-            "  --socket-path=PATH  listen on a UNIX socket\n"
-            "  --fd=N              serve a socket that listens or is connected already\n"
-            "  --verbose           print a line for each request\n"
-            "  --sandbox           give up all system calls but those that serving needs\n"
-            "  --help              print this\n"
-            "example: %s --socket-path=/tmp/serial.sock\n",
-            name, name);
-    return out == stdout ? 0 : 2;
-}
-
-/* The number of a descriptor above those of the line, or -1. */
-static int parse_fd(const char *text)
-{
-    char *end;
-    errno = 0;
-    long fd = strtol(text, &end, 10);
-    return errno || end == text || *end || fd <= STDERR_FILENO || fd > INT_MAX ? -1 : (int)fd;
-}
-
 int main(int argc, char **argv)
 {
-    static const struct option options[] = {
-        {"socket-path", required_argument, NULL, 's'}, {"fd", required_argument, NULL, 'f'}, {"verbose", no_argument, NULL, 'v'},
-        {"sandbox", no_argument, NULL, 'x'},           {"help", no_argument, NULL, 'h'},     {0},
-    };
-    const char *path = NULL;
-    int fd = -1, option;
-    bool verbose = false, sandbox = false;
-    while ((option = getopt_long(argc, argv, "", options, NULL)) != -1) {
-        switch (option) {
-        case 's': path = optarg; break;
-        case 'f':
-            fd = parse_fd(optarg);
-            if (fd < 0)
-                return usage(argv[0], stderr);
-            break;
-        case 'v': verbose = true; break;
-        case 'x': sandbox = true; break;
-        case 'h': return usage(argv[0], stdout);
-        default: return usage(argv[0], stderr);
-        }
-    }
-    if (optind != argc || !path == (fd < 0))
-        return usage(argv[0], stderr);
+    static const program_option none[] = {{0}};
+    program p = {.usage = "[--verbose] [--sandbox]", .min_fd = STDERR_FILENO + 1}; /* those below are the line's */
+    if (!program_options(&p, none, argc, argv))
+        return program_usage(&p);
 
     static serial s;
     vfu_dev_desc desc = {
@@ -500,32 +447,22 @@ int main(int argc, char **argv)
             },
         .ctx = &s,
         .callbacks = {.region_read = region_read, .region_write = region_write, .reset = reset, .disconnected = disconnected},
-        .logger = {.level = verbose ? VFU_LEVEL_TRACE : VFU_LEVEL_WARNING},
+        .logger = {.level = p.verbose ? VFU_LEVEL_TRACE : VFU_LEVEL_WARNING},
     };
     int err = vfu_dev_create(&s.dev, &desc);
     if (!err) {
-        struct sigaction action;
-        memset(&action, 0, sizeof(action));
-        action.sa_handler = on_signal;
-        the_device = s.dev;
-        sigaction(SIGTERM, &action, NULL);
-        sigaction(SIGINT, &action, NULL);
-        action.sa_handler = SIG_IGN; /* write() says EPIPE instead */
-        sigaction(SIGPIPE, &action, NULL);
         reset(&s, VFU_RESET_BY_FUNCTION);
-        err = path ? vfu_dev_listen(s.dev, path) : vfu_dev_attach(s.dev, fd);
+        err = program_open(&p, s.dev, 0);
     }
     if (!err) {
         struct termios before;
         bool is_raw = make_raw(&s, &before);
-        err = sandbox ? sandbox_enter() : 0;
+        err = p.sandbox ? sandbox_enter() : 0;
         if (!err)
             err = serve(&s);
         if (is_raw)
             tcsetattr(STDIN_FILENO, TCSANOW, &before);
     }
-    if (err)
-        fprintf(stderr, "%s: %s: %s\n", argv[0], path ? path : "--fd", strerror(-err));
     vfu_dev_destroy(s.dev);
-    return err ? 1 : 0;
+    return program_end(&p, err);
 }

@@ -60,7 +60,6 @@ static const char *const usage_errors[][4] = {
     {"--socket-path=/nonexistent/a", "--verbose=1"},
     {"--socket-path=/nonexistent/a", "--no-mmap=1"},
     {"/nonexistent/a"},
-    {"--help"},
 };
 
 START_TEST(test_engine_wrong_arguments)
@@ -72,6 +71,18 @@ START_TEST(test_engine_wrong_arguments)
     MUST(strstr(text_of(engine.err, 0), "usage"));
     MUST(strstr(text_of(engine.err, 0), "--socket-path="));
     SAME(size_of(engine.out), 0);
+}
+END_TEST
+
+START_TEST(test_engine_helps)
+{
+    const char *const help[] = {"--help", NULL};
+    name_files(&engine);
+    spawn(&engine, help, -1, 0);
+    int status = wait_end(&engine);
+    SAME(status, 0);
+    MUST(strstr(text_of(engine.out, 0), "--no-mmap"));
+    SAME(size_of(engine.err), 0);
 }
 END_TEST
 
@@ -3214,6 +3225,7 @@ int main(void)
 
     TCase *t = add_case(suite, "command line");
     tcase_add_loop_test(t, test_engine_wrong_arguments, 0, COUNT(usage_errors));
+    tcase_add_test(t, test_engine_helps);
     tcase_add_test(t, test_engine_unusable_arguments);
     tcase_add_test(t, test_engine_stale_socket);
     tcase_add_test(t, test_engine_live_socket);
