@@ -419,11 +419,13 @@ static int execute(lane *l, command *cmd)
 static int complete(lane *l, command *cmd)
 {
     const queue *cq = cmd->sq->cq;
-    uint32_t last;
-    memcpy(&last, cmd->cqe + 12, 4);
-    int err = vfu_iommu_write(l->reader, cmd->cqe_iova, cmd->cqe, 12);
-    if (!err)
-        err = vfu_iommu_store(l->reader, cmd->cqe_iova + 12, 4, VFU_IOMMU_RELEASE, last);
+    uintptr_t word;
+    int err = 0;
+    for (unsigned at = 0; at < CQE_SIZE && !err; at += sizeof(word)) {
+        bool last = at + sizeof(word) == CQE_SIZE;
+        memcpy(&word, cmd->cqe + at, sizeof(word));
+        err = vfu_iommu_store(l->reader, cmd->cqe_iova + at, sizeof(word), last ? VFU_IOMMU_RELEASE : VFU_IOMMU_RELAXED, word);
+    }
     if (err)
         return queue_error(l->c, "completion queue can't be written", err);
     if (cq->interrupts)
