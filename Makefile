@@ -5,7 +5,7 @@
 #   CC CPPFLAGS CFLAGS LDFLAGS   the compiler and its options, placed after the project's own
 #   WERROR=-Werror               turns the warnings into errors
 #   BUILD                        where everything built goes
-#   ROUNDS                       how often `bench` measures everything
+#   ROUNDS                       how often `bench` and `bench-iommu` measure everything
 #   MINUTES                      how long `fuzz` takes
 #   MACHINES                     what `check-portable` runs; nothing: lto musl valgrind i386 s390x arm64 armhf
 #   VFU_PORTABLE_TESTS           only these tests there
@@ -170,7 +170,7 @@ bench: $(BUILD)/bench/bench ## measure every path of vfu.h beside bare system ca
 	@$< $(ROUNDS)
 
 bench-iommu: $(BUILD)/bench/bench_iommu ## measure the vIOMMU beside memcpy
-	@$<
+	@$< $(ROUNDS)
 
 # What a program gets in its memory: code, constants and variables, as `size` counts them.
 size: $(BUILD)/config ## measure the size of the implementation, and of the codec alone

@@ -3,12 +3,12 @@
  * What validation costs: vfu_iommu.h beside a plain memcpy of the same bytes, in the same run, with the same stream of
  * addresses.
  *
- *     make bench-iommu
+ *     make bench-iommu                 or: make bench-iommu ROUNDS=3
  *
  * The floor is memcpy() from host pointers that were looked up beforehand and wait in an array; ours walks an array of the
  * same length with IOVAs, so that both sides pay the same for their stream of addresses. memcpy is called through a volatile
  * pointer, so that it is a call with a length of run time, as it is on our side. "local" is a reader of the thread that
- * unmaps, "plain" is any other (vfu_iommu_reader_open_local, vfu_iommu_reader_open). Each figure is the median of ROUNDS
+ * unmaps, "plain" is any other (vfu_iommu_reader_open_local, vfu_iommu_reader_open). Each figure is the median of the
  * rounds, with the least and the greatest; a ratio or difference is taken within each round first. The sides take turns at
  * going first, and each goes on in the stream where the other left it, so that seldom used memory is equally cold for all.
  * What one thread does is measured in its own processor time, so that a busy machine disturbs it less.
@@ -26,7 +26,6 @@
 #include <unistd.h>
 
 enum {
-    ROUNDS = 7,
     STREAM = 1 << 19, /* addresses; each round goes on where the last one ended */
     LOOKUPS = 100000, /* in a round */
     SMALL = 100000,
@@ -36,6 +35,8 @@ enum {
     BUSY_UNMAPS = 10000,
     PAGE = 4096
 };
+
+static int rounds = 7;
 #define ARENA ((size_t)256 << 20)
 #define BASE  UINT64_C(0x100000000)
 
@@ -214,7 +215,7 @@ static void measure_access(access_figures *f, size_t len, size_t count)
 {
     for (int kind = 0; kind < KINDS; kind++)
         time_read(kind, stream_at + STREAM / 2, count, len); /* warm up, with other addresses */
-    for (int r = 0; r < ROUNDS; r++) {
+    for (int r = 0; r < rounds; r++) {
         double ns[KINDS + 1];
         for (int side = 0; side <= KINDS; side++, stream_at += count) {
             int turn = (side + r) % (KINDS + 1);
@@ -226,10 +227,10 @@ static void measure_access(access_figures *f, size_t len, size_t count)
             f->ratio[kind].round[r] = ns[kind] / ns[KINDS];
         }
     }
-    settle(&f->floor, ROUNDS);
+    settle(&f->floor, rounds);
     for (int kind = 0; kind < KINDS; kind++) {
-        settle(&f->more[kind], ROUNDS);
-        settle(&f->ratio[kind], ROUNDS);
+        settle(&f->more[kind], rounds);
+        settle(&f->ratio[kind], rounds);
     }
 }
 
@@ -238,9 +239,9 @@ static void measure_lookup(figure *f)
     time_lookup(PLAIN, stream_at, STREAM); /* every address was used before, as it is when a guest has run for a while */
     for (int kind = 0; kind < KINDS; kind++) {
         time_lookup(kind, stream_at, LOOKUPS);
-        for (int r = 0; r < ROUNDS; r++, stream_at += LOOKUPS)
+        for (int r = 0; r < rounds; r++, stream_at += LOOKUPS)
             f[kind].round[r] = time_lookup(kind, stream_at, LOOKUPS);
-        settle(&f[kind], ROUNDS);
+        settle(&f[kind], rounds);
     }
 }
 
@@ -249,7 +250,7 @@ static void measure_lookup(figure *f)
 /* Takes out a random mapping and puts it back. */
 static void measure_pairs(figure *f)
 {
-    for (int r = 0; r < ROUNDS; r++) {
+    for (int r = 0; r < rounds; r++) {
         static uint32_t which[PAIRS];
         for (int i = 0; i < PAIRS; i++)
             which[i] = (uint32_t)below(mappings);
@@ -260,7 +261,7 @@ static void measure_pairs(figure *f)
         }
         f->round[r] = (own_ns() - start) / PAIRS;
     }
-    settle(f, ROUNDS);
+    settle(f, rounds);
 }
 
 static double clock_cost(void)
@@ -528,9 +529,13 @@ static void print_targets(void)
     target("memory for each mapping, 1,000,000", million->memory.each, 96, "B");
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
     static const uint32_t counts[ROWS / 2] = {10, 1000, 65536, 1000000};
+    if (argc > 1)
+        rounds = atoi(argv[1]);
+    if (rounds < 1 || rounds > ROUNDS_MAX)
+        fail("the number of rounds");
     double start = now_ns();
     arena = mmap(NULL, ARENA, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     stream_iova = malloc(STREAM * sizeof(*stream_iova));
@@ -546,7 +551,7 @@ int main(void)
         measure_row(&rows[i]);
     }
     printf("Median of %d rounds, least..greatest, ns. mixed: 4 KiB to 2 MiB. hot: 95 %% of the accesses to %d mappings.\n",
-           ROUNDS, HOT);
+           rounds, HOT);
     print_access_table("Lookup: may one byte be read?", "| local                  | plain", 0);
     print_access_table("64 B: memcpy, and how much more a validated read takes",
                        "| memcpy                 | local: +               | plain: +", 1);
@@ -554,9 +559,9 @@ int main(void)
                        "| memcpy                 | local: x               | plain: x", 2);
     print_updates();
     figure stream;
-    for (int r = 0; r < ROUNDS; r++)
+    for (int r = 0; r < rounds; r++)
         stream.round[r] = time_stream((size_t)r * SMALL, SMALL);
-    settle(&stream, ROUNDS);
+    settle(&stream, rounds);
     printf("\nReading the stream of addresses is %.1f ns of each access, on both sides; looking up the floor's pointers "
            "beforehand is not\n"
            "counted. An empty table of 65,536 with 16 readers takes %zu KiB.\n",
@@ -565,9 +570,9 @@ int main(void)
     printf("One load that depends on the one before takes");
     for (size_t i = 0; i < sizeof(spread) / sizeof(spread[0]); i++) {
         figure chain;
-        for (int r = 0; r < ROUNDS; r++)
+        for (int r = 0; r < rounds; r++)
             chain.round[r] = time_chain(spread[i] << 20);
-        settle(&chain, ROUNDS);
+        settle(&chain, rounds);
         printf("%s %.0f ns (%.0f..%.0f) within %zu MiB", i ? "," : "", chain.median, chain.least, chain.greatest, spread[i]);
     }
     printf(".\nThe table and its hints are memory that memcpy doesn't need: 5 %% of the hot accesses find them cold.\n");
