@@ -863,6 +863,7 @@ static void prepare(void)
 {
     w.twin = false;
     snprintf(w.path, sizeof(w.path), "/tmp/vfu-faults-%d.sock", (int)getpid());
+    unlink(w.path); /* of a process of that number that was killed long ago */
     pthread_mutex_init(&w.log_lock, NULL);
     must(sem_init(&w.start, 0, 0));
     w.sealed = memfd("faults-sealed", WINDOW, F_SEAL_SHRINK);
