@@ -43,7 +43,7 @@ changed=$(diff "$root/vfu_iommu.h" control/vfu_iommu.h | grep -c '^>') || true
 [ "$changed" = 1 ] || fail "the control changed $changed lines of vfu_iommu.h instead of 1: the pattern in this script is out of date"
 make_one control/stress "$PWD/control"
 status=0
-./control/stress control 240 3 || status=$?
+./control/stress control 240 10 || status=$?
 [ "$status" = 1 ] || fail "the control showed no stale access (status $status): this stress would not notice a fault"
 
 echo "== ThreadSanitizer"

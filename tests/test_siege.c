@@ -553,13 +553,16 @@ static unsigned fds_of(pid_t pid)
     return count - 2;
 }
 
-/* KiB of memory that is the process's own. AddressSanitizer keeps what is freed, and looks for leaks itself: 0 */
+/* KiB by which the engine may grow. AddressSanitizer keeps 256 MiB of what is freed, and an eighth more to know about it. */
+#ifdef __SANITIZE_ADDRESS__
+enum { GROWTH = 4096 + 288 * 1024 };
+#else
+enum { GROWTH = 4096 };
+#endif
+
+/* KiB of memory that is the process's own */
 static unsigned long memory_of(pid_t pid)
 {
-#ifdef __SANITIZE_ADDRESS__
-    (void)pid;
-    return 0;
-#else
     char path[32], line[128];
     unsigned long value = 0;
     snprintf(path, sizeof(path), "/proc/%d/status", (int)pid);
@@ -569,7 +572,6 @@ static unsigned long memory_of(pid_t pid)
     }
     fclose(file);
     return value;
-#endif
 }
 
 static void wait_us(uint32_t us) { nanosleep(&(struct timespec){.tv_nsec = (long)us * 1000}, NULL); }
@@ -625,7 +627,7 @@ START_TEST(killed_clients)
             kib = memory_of(engine.pid);
         }
         ck_assert_uint_eq(fds_of(engine.pid), fds);
-        ck_assert_msg(memory_of(engine.pid) <= kib + 4096, "after %u clients the engine has %lu KiB instead of %lu", i,
+        ck_assert_msg(memory_of(engine.pid) <= kib + GROWTH, "after %u clients the engine has %lu KiB instead of %lu", i,
                       memory_of(engine.pid), kib);
         vfu_client_destroy(client);
     }
