@@ -167,6 +167,16 @@ START_TEST(run_ends_with_the_client)
 }
 END_TEST
 
+static atomic_bool has_started;
+
+/* A signal for a thread before its first blocking call can be lost by ThreadSanitizer. */
+static void *start_and_run(void *arg)
+{
+    poll(NULL, 0, 0);
+    atomic_store(&has_started, true);
+    return run(arg);
+}
+
 /* A signal handler may stop it. */
 static void stop_in_handler(int number)
 {
@@ -187,7 +197,10 @@ START_TEST(stop_by_signal)
     must(sigaction(SIGUSR1, &action, &before));
     for (unsigned round = 0; round < 100; round++) {
         pthread_t thread;
-        ck_assert_int_eq(pthread_create(&thread, NULL, run, R.dev), 0);
+        atomic_store(&has_started, false);
+        ck_assert_int_eq(pthread_create(&thread, NULL, start_and_run, R.dev), 0);
+        while (!atomic_load(&has_started))
+            sched_yield();
         ck_assert_int_eq(pthread_kill(thread, SIGUSR1), 0);
         pthread_join(thread, NULL);
         ck_assert_int_eq(run_result, 0);
