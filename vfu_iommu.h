@@ -678,6 +678,16 @@ static void vfux_pause(unsigned round)
 #endif
 }
 
+/* Has a cache line fetched that is to be written: one transfer where a read and then a write are two. */
+static inline void vfux_want(const void *line)
+{
+#if defined(__x86_64__)
+    __asm__ volatile("prefetchw %0" : : "m"(*(const char *)line)); /* __builtin_prefetch needs an option for it */
+#else
+    __builtin_prefetch(line, 1);
+#endif
+}
+
 static uint64_t vfux_min(uint64_t a, uint64_t b) { return a < b ? a : b; }
 static uint64_t vfux_max(uint64_t a, uint64_t b) { return a > b ? a : b; }
 
@@ -1153,13 +1163,17 @@ static inline vfux_hint *vfux_hint_of(vfu_iommu *t, uint64_t iova)
     return &t->hints[(uint32_t)(page ^ page >> 10 ^ page >> 20) & vfux_get(&t->hint_mask)];
 }
 
-/* Notes that node i, which stays what it is meanwhile, has iova. */
+/* Notes that node i, which stays what it is meanwhile, has iova. What is noted already isn't stored again: that would take it
+ * from the caches of other processors. */
 static void vfux_note(vfu_iommu *t, vfux_hint *hint, uint32_t i, uint64_t iova)
 {
     vfux_node *n = &t->nodes[i];
     uintptr_t host = n->direct ? (uintptr_t)n->base + (uintptr_t)(iova - vfux_iova(n)) : 0;
     uintptr_t top = host & ~(((uintptr_t)UINT32_MAX << VFUX_PAGE_SHIFT) | ((1u << VFUX_PAGE_SHIFT) - 1));
-    atomic_store_explicit(&hint->host_page, (uint32_t)(host >> VFUX_PAGE_SHIFT), memory_order_relaxed);
+    uint32_t page = (uint32_t)(host >> VFUX_PAGE_SHIFT);
+    if (vfux_get(&hint->node) == i && atomic_load_explicit(&hint->host_page, memory_order_relaxed) == page)
+        return;
+    atomic_store_explicit(&hint->host_page, page, memory_order_relaxed);
     if (host && top != atomic_load_explicit(&t->host_top, memory_order_relaxed))
         atomic_store_explicit(&t->host_top, top, memory_order_relaxed);
     vfux_set(&hint->node, i);
@@ -1310,6 +1324,7 @@ static int vfux_unmap(vfu_iommu *t, uint64_t first, uint64_t last)
     vfux_path path;
     uint32_t head;
     int err, count = 0;
+    vfux_want(&t->nodes[vfux_get(&vfux_hint_of(t, first)->node)]); /* a reader may have it; arrives while the lock is taken */
     vfux_lock(t);
     for (unsigned round = 0; (err = vfux_collect(t, first, last, &head)) == -EAGAIN; round++) {
         vfux_unlock(t);
@@ -1492,7 +1507,10 @@ static int vfux_scan(vfu_iommu_reader *r, uint64_t iova, uint64_t len, uint32_t 
     for (uint64_t last = iova + (len - 1);;) {
         vfux_view view;
         *at = iova;
-        if (!vfux_peek(&t->nodes[vfux_get(&vfux_hint_of(t, iova)->node)], iova, &view) || view.state != VFUX_LIVE) {
+        bool known = vfux_peek(&t->nodes[vfux_get(&vfux_hint_of(t, iova)->node)], iova, &view);
+        if (known && view.state == VFUX_LEAVING) /* as in vfux_is_leaving, without a hazard for which the unmap would wait */
+            return -ENOENT;
+        if (!known || view.state != VFUX_LIVE) {
             vfux_node *n = vfux_hold(r, 0, iova);
             if (!n)
                 return -ENOENT;
