@@ -1417,7 +1417,7 @@ static int create_device(nvme *c, bool mapped, bool verbose)
                       .reset = reset,
                       .disconnected = disconnected,
                       .work = work},
-        .busy_us = 50,           /* most commands are two doorbells, shortly after one another: one wake-up */
+        .busy_us = 50,           /* at depth 1 a command is two doorbells, about as far apart: one wake-up */
         .dma_timeout_ms = 10000, /* no command waits longer for an answer */
         .logger = {.level = verbose ? VFU_LEVEL_TRACE : VFU_LEVEL_WARNING},
     };

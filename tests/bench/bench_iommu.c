@@ -6,13 +6,14 @@
  *     make bench-iommu                 or: make bench-iommu ROUNDS=3
  *
  * The floor is memcpy() from host pointers that were looked up beforehand and wait in an array; ours walks an array of the
- * same length with IOVAs, so that both sides pay the same for their stream of addresses. memcpy is called through a volatile
- * pointer, so that it is a call with a length of run time, as it is on our side. "local" is a reader of the thread that
- * unmaps, "plain" is any other (vfu_iommu_reader_open_local, vfu_iommu_reader_open). "array" is memcpy from a pointer that is
- * found in a plain array, by page: the least that any lookup costs here, which validates nothing. Each figure is the median of the
- * rounds, with the least and the greatest; a ratio or difference is taken within each round first. The sides take turns at
- * going first, and each goes on in the stream where the other left it, so that seldom used memory is equally cold for all.
- * What one thread does is measured in its own processor time, so that a busy machine disturbs it less.
+ * same length with IOVAs, so that both sides pay the same for their stream of addresses. memcpy is called through a
+ * volatile pointer, so that it is a call with a length of run time, as it is on our side. "local" is a reader of the thread
+ * that unmaps, "plain" is any other (vfu_iommu_reader_open_local, vfu_iommu_reader_open). "array" is memcpy from a pointer
+ * that is found in a plain array, by page: the least that any lookup costs here, which validates nothing. Each figure is
+ * the median of the rounds, with the least and the greatest; a ratio or difference is taken within each round first. The
+ * sides take turns at going first, and each goes on in the stream where the other left it, so that seldom used memory is
+ * equally cold for all. What one thread does is measured in its own processor time, so that a busy machine disturbs it
+ * less.
  *
  * Mappings are adjacent and were made in random order. Their memory is one arena, which larger tables use several times over.
  */
